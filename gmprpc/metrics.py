@@ -1,0 +1,36 @@
+"""What happened, in numbers; this module knows no socket and no greenlet.
+
+Only what is out of the ordinary is counted as it happens, so that an ordinary call pays nothing for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counted since the owner, a server, service or client, was made."""
+
+    #: Connections accepted or made.
+    connections: int = 0
+    #: Connections that ended with an error: lost, reset, or not MessagePack-RPC.
+    failed_connections: int = 0
+    #: Of these, the ones whose peer broke the protocol.
+    protocol_errors: int = 0
+    #: Requests and notifications whose handler raised, was killed, or gave a result that can't be packed.
+    handler_errors: int = 0
+    #: Requests and notifications that were well framed, but held a value that can't be decoded or no valid params.
+    invalid_messages: int = 0
+    #: Requests and notifications for a method that isn't registered.
+    unknown_methods: int = 0
+    #: Requests and notifications beyond ``max_concurrency`` that couldn't be left unread.
+    refused_messages: int = 0
+    #: Answers that came for a call that nobody waits for: timed out, cancelled, or never made.
+    late_answers: int = 0
+    #: Answers that a handler gave after its connection had gone.
+    dropped_answers: int = 0
+
+    def snapshot(self) -> dict[str, int]:
+        """The counters as they are now."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

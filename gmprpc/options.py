@@ -1,0 +1,59 @@
+"""The limits and settings of one connection, checked once; this module knows no socket and no greenlet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: What a server takes in one message: the precedent of websockets and nginx. 1 MiB of empty containers already becomes
+#: 74 MiB of Python objects, so a server that faces strangers shouldn't allow much more.
+SERVER_MAX_MESSAGE_SIZE = 1024 * 1024
+
+#: What a client takes in one message: it chose its server, and answers are larger than questions.
+CLIENT_MAX_MESSAGE_SIZE = 16 * 1024 * 1024
+
+#: Between Envoy's 100 and the 250 of Go's HTTP/2 server.
+MAX_CONCURRENCY = 256
+
+# What msgpack's Unpacker would understand, but the framing of the stream depends on.
+_RESERVED_UNPACKER_OPTIONS = frozenset(
+    ("file_like", "list_hook", "max_array_len", "max_bin_len", "max_buffer_size", "max_ext_len", "max_map_len")
+    + ("max_str_len", "read_size")
+)
+_RESERVED_PACKER_OPTIONS = frozenset(("autoreset",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOptions:
+    """What a :class:`~gmprpc.Connection` may take and hold; see :class:`~gmprpc.Server` for each field."""
+
+    max_message_size: int = SERVER_MAX_MESSAGE_SIZE
+    max_concurrency: int | None = MAX_CONCURRENCY
+    reuse_greenlets: bool = True
+    hide_errors: bool = False
+    packer_options: Mapping[str, Any] = field(default_factory=dict)
+    unpacker_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_positive("max_message_size", self.max_message_size)
+        if self.max_concurrency is not None:
+            _check_positive("max_concurrency", self.max_concurrency)
+        _check_free("packer_options", self.packer_options, _RESERVED_PACKER_OPTIONS)
+        _check_free("unpacker_options", self.unpacker_options, _RESERVED_UNPACKER_OPTIONS)
+
+
+def check_timeout(name: str, seconds: float | None) -> None:
+    """Raise ValueError unless ``seconds`` is None or a time that can pass."""
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"{name} has to be None or a number of seconds from 0 on, not {seconds!r}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} has to be a whole number from 1 on, not {value!r}")
+
+
+def _check_free(name: str, options: Mapping[str, Any], reserved: frozenset[str]) -> None:
+    if taken := reserved.intersection(options):
+        raise ValueError(f"{name} can't set {', '.join(sorted(taken))}: gmprpc frames the stream itself")
