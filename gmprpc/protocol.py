@@ -1,0 +1,395 @@
+"""Bytes to checked MessagePack-RPC messages and back; no I/O, no clock, no greenlets.
+
+The specification is https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md: a message is a MessagePack array,
+
+* a request ``[0, msgid, method, params]``,
+* a response ``[1, msgid, error, result]``,
+* a notification ``[2, method, params]``.
+
+A :class:`Decoder` finds the end of a message before it decodes it. So a declared length takes no memory until that many
+bytes are there, and a value that can't be decoded spoils its own message and not the stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import msgpack
+from msgpack import OutOfData, Packer, Unpacker
+
+from .exceptions import MessageTooLarge, ProtocolError, no_such_method, remote_error
+
+REQUEST: Final = 0
+RESPONSE: Final = 1
+NOTIFICATION: Final = 2
+#: Not on the wire: how a :class:`Decoder` hands over a message that is well framed but can't be carried out.
+INVALID: Final = -1
+
+MAX_MSGID: Final = 2**32 - 1
+
+#: A decoded message, always of four: ``[REQUEST, msgid, method, params]``, ``[RESPONSE, msgid, error, result]``,
+#: ``(NOTIFICATION, None, method, params)`` or ``(INVALID, msgid, kind, reason)``, in which ``kind`` is that of the
+#: message and ``reason`` the text to answer or raise.
+Message = Sequence[Any]
+
+Buffer = bytes | bytearray | memoryview
+
+if Packer.__module__ == "msgpack.fallback":
+    warnings.warn(
+        "msgpack runs without its C extension: decoding is slow, and quadratic for a message that comes in many parts",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def result_of(response: Message, method: str) -> Any:
+    """The result that ``response`` carries; its error is raised as :exc:`RemoteError` of ``method``."""
+    _, _, error, result = response
+    # "error" is nil or it is an error: 0, False and "" are errors too.
+    if error is not None:
+        raise remote_error(error, method)
+    return result
+
+
+def requests_in(data: Buffer) -> Iterator[int]:
+    """The msgids of the requests in ``data``, which begins with a message and was made by an :class:`Encoder`."""
+    for message in Decoder(len(data), {"raw": True}).feed(bytes(data)):
+        if message[0] == REQUEST:
+            yield message[1]
+
+
+def next_msgid(msgid: int, pending: Container[int]) -> int:
+    """The first msgid after ``msgid`` that no call in flight uses; 0 follows 2^32-1."""
+    while True:
+        msgid = (msgid + 1) & MAX_MSGID
+        if msgid not in pending:
+            return msgid
+
+
+class Encoder:
+    """Packs messages.
+
+    Its methods raise what msgpack raises for values that it can't pack: TypeError, ValueError, OverflowError,
+    UnicodeEncodeError, and whatever a ``default`` hook raises.
+    """
+
+    __slots__ = ("_options", "_pack")
+
+    # A Packer keeps the largest buffer that it ever needed: it begins with little (msgpack's default is 256 KiB), and
+    # past the second size it isn't kept. Picked arbitrarily.
+    _INITIAL_SIZE = 512
+    _KEPT_SIZE = 64 * 1024
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self._options: dict[str, Any] = {"datetime": True, "buf_size": self._INITIAL_SIZE, **(options or {})}
+        self._pack: Callable[[Any], bytes] | None = Packer(**self._options).pack
+
+    def request(self, msgid: int, method: str, params: Sequence[Any]) -> bytes:
+        """The bytes of ``[0, msgid, method, params]``."""
+        return self._packed((REQUEST, msgid, method, params))
+
+    def response(self, msgid: int, error: Any, result: Any) -> bytes:
+        """The bytes of ``[1, msgid, error, result]``; one of the last two has to be None."""
+        # The lines of `_packed`: on the path of every request the call would be 2 % of the whole.
+        pack, self._pack = self._pack or Packer(**self._options).pack, None
+        data = pack((RESPONSE, msgid, error, result))
+        if len(data) <= self._KEPT_SIZE:
+            self._pack = pack
+        return data
+
+    def notification(self, method: str, params: Sequence[Any]) -> bytes:
+        """The bytes of ``[2, method, params]``."""
+        return self._packed((NOTIFICATION, method, params))
+
+    def _packed(self, message: Sequence[Any]) -> bytes:
+        # The packer is taken out while it works: what it calls (a `default` hook, the `items` of some dict) may switch
+        # to another greenlet, which must not pack into the same buffer. A new one costs less than a lock.
+        pack, self._pack = self._pack or Packer(**self._options).pack, None
+        data = pack(message)
+        if len(data) <= self._KEPT_SIZE:
+            self._pack = pack
+        return data
+
+
+class Decoder:
+    """Turns the bytes of one stream, fed in any pieces, into checked messages.
+
+    ``options`` are msgpack's Unpacker's. By default timestamps become timezone-aware datetimes and the keys of a map
+    may be of any hashable type.
+    """
+
+    __slots__ = ("_array", "_framer", "_max_size", "_options", "_unfinished", "_unpacker", "_unpackb", "_walk")
+
+    # Up to this size a read is decoded at once, on the guess that it holds just one message: in 256 bytes, however they
+    # nest their headers, msgpack preallocates less than 256 KiB before it finds out that the guess was wrong.
+    _GUESS_SIZE = 256
+
+    def __init__(self, max_message_size: int, options: Mapping[str, Any] | None = None) -> None:
+        self._max_size = max_message_size
+        self._options: dict[str, Any] = {"timestamp": 3, "strict_map_key": False, **(options or {})}
+        self._array = list if self._options.get("use_list", True) else tuple
+        self._unpackb: Callable[[Buffer], Any] = partial(msgpack.unpackb, **self._options)
+        # Unpackers take 41 KiB each: they are made when they are needed, and `release` drops them.
+        self._framer: Unpacker | None = None
+        self._unpacker: Unpacker | None = None
+        # A message of which the end hasn't come yet, and how far into it the search for its end has got.
+        self._unfinished = bytearray()
+        self._walk = _Walk(max_message_size)
+
+    @property
+    def is_amid_message(self) -> bool:
+        """True when a part of a message has come and the rest of it hasn't."""
+        return bool(self._unfinished)
+
+    def release(self) -> None:
+        """Give back what was only held to be quicker next time; a stream that has gone quiet needs little."""
+        self._framer = self._unpacker = None
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Yield every message that ``data`` completes, each as it is asked for.
+
+        Exhaust the iterator before you feed again.
+
+        Raises:
+            MessageTooLarge: a message has, or announces, more than ``max_message_size`` bytes.
+            ProtocolError: the stream is not MessagePack-RPC. In both cases every message before it has been yielded,
+                and the stream can't be decoded any further.
+        """
+        if self._unfinished:
+            self._unfinished += data
+            if (end := self._walk.on(self._unfinished)) is None:
+                return
+            unfinished, self._unfinished = memoryview(self._unfinished), bytearray()
+            data = bytes(unfinished[end:])
+            yield self._decoded(unfinished[:end])
+        elif len(data) <= self._GUESS_SIZE and len(data) <= self._max_size:
+            try:
+                message = self._unpackb(data)
+            except Exception:
+                pass  # More than a message or less, or one that needs a closer look.
+            else:
+                yield self._checked(message)
+                return
+        while data:
+            if end := self._complete(data):
+                batch = data if end == len(data) else data[:end]
+                if (unpacker := self._unpacker) is None:
+                    unpacker = self._unpacker = Unpacker(read_size=end, max_buffer_size=0, **self._options)
+                unpacker.feed(batch)
+                array, count = self._array, 0
+                try:
+                    for message in unpacker:
+                        count += 1
+                        # The common case of `_checked`, spelled out: a call for each message would be a tenth of all.
+                        if type(message) is array and len(message) == 4:
+                            kind, msgid, method, params = message
+                            if (
+                                type(kind) is type(msgid) is int
+                                and kind == REQUEST
+                                and 0 <= msgid <= MAX_MSGID
+                                and type(method) is str
+                                and type(params) is array
+                            ):
+                                yield message
+                                continue
+                        yield self._checked(message)
+                except ProtocolError:
+                    raise
+                except Exception:
+                    # A value can't be decoded, and the unpacker is out of step.
+                    self._unpacker = None
+                    yield from self._decoded_singly(batch, count)
+                if end == len(data):
+                    return
+                data = data[end:]
+            # What is left is a message that is unfinished, too large, invalid, or too deep for the framer.
+            if (end := self._walk.on(data) or 0) == 0:
+                self._unfinished += data
+                return
+            yield self._decoded(data[:end])
+            data = data[end:]
+
+    def _complete(self, data: bytes) -> int:
+        """How many bytes of ``data`` are complete messages, as far as msgpack can tell without allocating."""
+        if len(data) > self._max_size:
+            return 0  # One of them may be too large: each one's size has to be looked at.
+        if (framer := self._framer) is None:
+            framer = self._framer = Unpacker(read_size=len(data), max_buffer_size=0)
+        start = framer.tell()
+        framer.feed(data)
+        skip = framer.skip
+        end = start
+        try:
+            while True:
+                skip()
+                end = framer.tell()
+        except OutOfData:
+            # At the end of a message the framer is as good as new; within one it isn't.
+            if end - start < len(data):
+                self._framer = None
+        except ValueError:
+            self._framer = None
+        return end - start
+
+    def _decoded_singly(self, data: bytes, skipped: int) -> Iterator[Message]:
+        """The messages in ``data``, in which each is complete, but for the first ones."""
+        walk = _Walk(self._max_size)
+        start = 0
+        while start < len(data):
+            end = start + (walk.on(memoryview(data)[start:]) or 0)
+            if skipped:
+                skipped -= 1
+            else:
+                yield self._decoded(data[start:end])
+            start = end
+
+    def _decoded(self, data: Buffer) -> Message:
+        """The one message that ``data`` is."""
+        try:
+            message = self._unpackb(data)
+        except Exception as exc:
+            return self._undecodable(data, exc)
+        return self._checked(message)
+
+    def _checked(self, message: Any) -> Message:
+        """``message`` as one of :data:`Message`, or ProtocolError."""
+        array = self._array
+        if type(message) is array:
+            if len(message) == 4:
+                kind, msgid, method, params = message
+                # `type() is`, since True and 1.0 equal 1.
+                if type(kind) is type(msgid) is int and 0 <= msgid <= MAX_MSGID:
+                    if kind == REQUEST:
+                        if type(method) is str and type(params) is array:
+                            return message
+                        return self._normalised(REQUEST, msgid, method, params)
+                    if kind == RESPONSE:
+                        return message
+            elif len(message) == 3:
+                kind, method, params = message
+                if type(kind) is int and kind == NOTIFICATION:
+                    return self._normalised(NOTIFICATION, None, method, params)
+        raise ProtocolError(f"not a MessagePack-RPC message: {_described(message)}")
+
+    def _normalised(self, kind: int, msgid: int | None, method: Any, params: Any) -> Message:
+        """A request or notification with its method as text, or the reason why it can't be carried out."""
+        if type(method) is bytes:
+            # Peers older than MessagePack's str type send raw bytes.
+            try:
+                method = method.decode()
+            except UnicodeDecodeError:
+                return INVALID, msgid, kind, no_such_method(method.decode(errors="replace"))
+        if type(method) is not str:
+            return INVALID, msgid, kind, f"method has to be a string, not {type(method).__name__}"
+        if type(params) is not self._array:
+            return INVALID, msgid, kind, f"params has to be an array, not {type(params).__name__}"
+        return kind, msgid, method, params
+
+    def _undecodable(self, data: Buffer, exc: Exception) -> Message:
+        """What there is to say about the one message that ``data`` is, of which a value can't be decoded."""
+        reader = Unpacker(read_size=len(data), max_buffer_size=0, raw=True, strict_map_key=False, timestamp=0)
+        reader.feed(data)
+        try:
+            length = reader.read_array_header()
+            head = [reader.unpack() for _ in range(length - 2)] if length in (3, 4) else []
+        except Exception:
+            raise ProtocolError(f"not a MessagePack-RPC message: {type(exc).__name__}: {exc}") from exc
+        # What stands before method and params, or error and result, has to be right all the same.
+        kind, msgid, _, _ = self._checked(self._array([*head, "", self._array()]))
+        try:
+            method = reader.unpack()
+            if kind != RESPONSE and type(method) is bytes:
+                method.decode()
+        except UnicodeDecodeError:
+            return INVALID, msgid, kind, no_such_method(method.decode(errors="replace"))
+        except Exception:
+            pass  # It is the method itself that msgpack can't decode: say the same as of params.
+        return INVALID, msgid, kind, f"can't be decoded: {type(exc).__name__}: {exc}".removesuffix(": ")
+
+
+# By a value's first byte: its size, where that byte alone tells it.
+_SIZES: Final = bytes(
+    [1] * 128  # positive fixint
+    + [0] * 32  # fixmap, fixarray
+    + [1 + length for length in range(32)]  # fixstr
+    + [1, 0, 1, 1]  # nil, (never used), false, true
+    + [0] * 6  # bin, ext
+    + [5, 9]  # float
+    + [2, 3, 5, 9, 2, 3, 5, 9]  # uint, int
+    + [3, 4, 6, 10, 18]  # fixext
+    + [0] * 7  # str, array, map
+    + [1] * 32  # negative fixint
+)
+
+# Where a length follows the first byte: the size of the length, the size of the type of an ext, whether the length
+# counts bytes of a body, and how many values each of it stands for.
+_HEADERS: Final = {
+    **{lead: (size, 0, 1, 0) for lead, size in ((0xC4, 1), (0xC5, 2), (0xC6, 4))},  # bin
+    **{lead: (size, 1, 1, 0) for lead, size in ((0xC7, 1), (0xC8, 2), (0xC9, 4))},  # ext
+    **{lead: (size, 0, 1, 0) for lead, size in ((0xD9, 1), (0xDA, 2), (0xDB, 4))},  # str
+    **{lead: (size, 0, 0, 1) for lead, size in ((0xDC, 2), (0xDD, 4))},  # array
+    **{lead: (size, 0, 0, 2) for lead, size in ((0xDE, 2), (0xDF, 4))},  # map
+}
+
+
+class _Walk:
+    """Looks for the end of one message, over any number of calls, without a stack and without allocating.
+
+    msgpack's own ``skip`` is 20 times as fast, but it can't tell what a header announces, gives up on 1,024 levels of
+    nesting, and keeps a second copy of the unfinished bytes.
+    """
+
+    __slots__ = ("_left", "_max_size", "_position")
+
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._position = 0  # Where the next value begins; it may lie beyond the bytes that are there.
+        self._left = 1  # Values still to come: the message itself at first, then what its containers announce.
+
+    def on(self, data: Buffer) -> int | None:
+        """The size of the message at the beginning of ``data``, or None when its end isn't there yet.
+
+        Until there is an end, the next call goes on with the same bytes and more behind them.
+
+        Raises:
+            MessageTooLarge: as soon as what is there and what the headers announce make it certain.
+            ProtocolError: the bytes are not MessagePack.
+        """
+        position, left, available = self._position, self._left, len(data)
+        while left and position < available:
+            lead = data[position]
+            if size := _SIZES[lead]:
+                position += size
+                left -= 1
+            elif lead < 0xA0:  # fixmap, fixarray
+                position += 1
+                left += (lead & 0x0F) * (2 if lead < 0x90 else 1) - 1
+            elif lead == 0xC1:
+                raise ProtocolError("not MessagePack: the byte 0xc1 has no meaning")
+            else:
+                length_size, type_size, is_body, values = _HEADERS[lead]
+                header_end = position + 1 + length_size
+                if header_end > available:
+                    break
+                length = int.from_bytes(data[position + 1 : header_end], "big")
+                position = header_end + type_size + is_body * length
+                left += values * length - 1
+            # Each value that is still to come has at least one byte.
+            if position + left > self._max_size:
+                raise MessageTooLarge(position + left, self._max_size)
+        if left or position > available:
+            self._position, self._left = position, left
+            return None
+        self._position, self._left = 0, 1
+        return position
+
+
+def _described(message: Any) -> str:
+    """What kind of thing ``message`` is, without what it says: logs are no place for the values of a request."""
+    if isinstance(message, (list, tuple)):
+        head = f", kind {message[0]!r}" if message and isinstance(message[0], int) else ""
+        return f"an array of {len(message)}{head}"
+    return f"a value of type {type(message).__name__}"
