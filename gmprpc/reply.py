@@ -1,0 +1,136 @@
+"""The result condition variable: an :class:`~gevent.event.AsyncResult` that is set just once, from any thread.
+
+It knows nothing of connections: whoever waits for the answer links to it, as to every AsyncResult.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent import monkey
+from gevent.event import AsyncResult
+
+from .exceptions import AlreadyAnswered, CallCancelled, ErrorResponse
+
+if TYPE_CHECKING:
+    _AsyncResult = AsyncResult[Any]
+else:
+    _AsyncResult = AsyncResult  # It is generic in its stubs only.
+
+# The thread's, also where monkey-patching made `threading.get_ident` the greenlet's.
+get_thread_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+
+
+class Reply(_AsyncResult):
+    """The answer to one request, to be given now or later, from this greenlet, another one, or a native thread.
+
+    ``result`` and ``error`` are the verbs of AnyEvent::MPRPC, ``set`` and ``set_exception`` those of gevent. It is set
+    once; what is set after the caller has gone is dropped. If the last reference to it goes while it is unset, the
+    caller gets an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hub = gevent.get_hub()
+        # Whoever pops the one item may set the value: popping is atomic among threads.
+        self._right_to_answer = [True]
+        self._is_cancelled = False
+        self._cancel_callbacks: list[Callable[[], Any]] = []
+        # What the connection wants to have called when this is dropped unanswered.
+        self._on_drop: Callable[[], Any] | None = None
+
+    def result(self, *values: Any) -> None:
+        """Answer nil for no value, the value itself for one, an array for several.
+
+        Raises:
+            AlreadyAnswered: it was set before; that answer stands.
+        """
+        self.set(values[0] if len(values) == 1 else values or None)
+
+    def error(self, error: Any) -> None:
+        """Answer with the error object ``error``, any MessagePack value but nil.
+
+        Raises:
+            AlreadyAnswered: it was set before; that answer stands.
+            ValueError: ``error`` is None.
+        """
+        self.set_exception(ErrorResponse(error))
+
+    def set(self, value: Any = None) -> None:
+        """Answer with the result ``value``; raises :exc:`AlreadyAnswered` like :meth:`result`."""
+        self._claim()
+        self._in_own_thread(super().set, value)
+
+    def set_exception(self, exception: BaseException, exc_info: Any = None) -> None:  # type: ignore[override]
+        """Answer with an error, as if the handler had raised ``exception``; raises like :meth:`error`."""
+        self._claim()
+        self._in_own_thread(super().set_exception, exception, exc_info)
+
+    def answered(self) -> bool:
+        """True once the answer is given, even while it is still on its way from another thread."""
+        return not self._right_to_answer
+
+    def cancelled(self) -> bool:  # type: ignore[override]
+        """True once nobody waits for the answer any more: the connection was lost."""
+        return self._is_cancelled
+
+    def on_cancel(self, callback: Callable[[], Any]) -> None:
+        """Have ``callback()`` called, in a greenlet of its own, when :meth:`cancelled` turns true, or now if it is."""
+        if self._is_cancelled:
+            gevent.spawn(callback)
+        else:
+            self._cancel_callbacks.append(callback)
+
+    def _cancel(self) -> None:
+        """Called by the connection, in the hub, when it has lost its peer."""
+        if not self._is_cancelled and not self.answered():
+            self._is_cancelled = True
+            callbacks, self._cancel_callbacks = self._cancel_callbacks, []
+            for callback in callbacks:
+                gevent.spawn(callback)
+
+    def _claim(self) -> None:
+        try:
+            self._right_to_answer.pop()
+        except IndexError:
+            raise AlreadyAnswered("this reply was answered before; the first answer stands") from None
+
+    def _in_own_thread(self, function: Callable[..., Any], *args: Any) -> None:
+        # AsyncResult calls its links in the thread that sets it.
+        if get_thread_ident() == self._hub.thread_ident:
+            function(*args)
+        else:
+            self._hub.loop.run_callback_threadsafe(function, *args)
+
+    def __del__(self) -> None:
+        # Garbage is collected in any thread and at any moment, and nothing here may fail on a half-made object.
+        if getattr(self, "_right_to_answer", None) and self._on_drop is not None:
+            self._hub.loop.run_callback_threadsafe(self._on_drop)
+
+
+class PendingCall(_AsyncResult):
+    """A call that was sent and not yet answered; :meth:`get` waits for its result or raises its error.
+
+    A :exc:`gevent.Timeout` out of ``get`` leaves the call pending: ask again, or :meth:`cancel` it.
+    """
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        #: The method that was called.
+        self.method = method
+        # How to take the call off the connection's books, once it is on them.
+        self._forget: Callable[[], Any] | None = None
+
+    def cancel(self) -> bool:  # type: ignore[override]
+        """Give the call up: waiters get :exc:`CallCancelled`, and an answer that still comes is dropped.
+
+        Returns whether there was anything left to give up. The peer isn't told.
+        """
+        if self.ready():
+            return False
+        if self._forget is not None:
+            self._forget()
+        self.set_exception(CallCancelled(f"call of {self.method!r} was cancelled"))
+        return True
