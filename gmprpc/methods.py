@@ -1,0 +1,145 @@
+"""Method names and the callables behind them: registration and what can be told about a callable; no greenlets.
+
+Only names that were registered can be called. Nothing is ever looked up with ``getattr`` by a name from the network.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import FunctionType
+from typing import Any, NoReturn
+
+from .exceptions import ErrorResponse, no_such_method
+
+Handler = Callable[..., Any]
+#: Gives the callable to call in place of the one that is registered.
+Wrapper = Callable[[Handler], Handler]
+
+#: Names that begin so are gmprpc's own.
+RESERVED_PREFIX = "$/"
+
+
+class UnknownMethod(ErrorResponse):
+    """What the entry for names that nobody registered raises."""
+
+
+class MethodTable(dict[str, Handler]):
+    """What a connection calls: a live view of a :class:`Methods`, in which each callable has been wrapped once.
+
+    It has an entry for every name: the one for unknown methods answers with the error of AnyEvent::MPRPC.
+    """
+
+    __slots__ = ("__weakref__", "_wrap")
+
+    def __init__(self, wrap: Wrapper | None = None) -> None:
+        super().__init__()
+        self._wrap = wrap
+
+    def __setitem__(self, name: str, function: Handler) -> None:
+        super().__setitem__(name, function if self._wrap is None else self._wrap(function))
+
+    def __missing__(self, name: str) -> Handler:
+        unknown = partial(_raise_unknown, name)
+        return unknown if self._wrap is None else self._wrap(unknown)
+
+
+class Methods(Mapping[str, Handler]):
+    """The registered methods, by name, and every live table that shows them."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, Handler] = {}
+        # By identity: a dict isn't hashable.
+        self._tables: weakref.WeakValueDictionary[int, MethodTable] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> Handler:
+        return self._handlers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handlers)
+
+    def __len__(self) -> int:
+        return len(self._handlers)
+
+    def add(self, function: Handler, name: str | None = None) -> str:
+        """Register ``function`` under ``name``, by default its own; returns the name. A name's last function counts.
+
+        Raises:
+            TypeError: ``function`` isn't callable, or has no name and none is given.
+            ValueError: the name is empty, reserved, or can't be sent.
+        """
+        if not callable(function):
+            raise TypeError(f"a method has to be callable, and {function!r} isn't")
+        if name is None:
+            name = getattr(function, "__name__", None)
+            if name is None:
+                raise TypeError(f"{function!r} has no name of its own: give one")
+        _check_name(name)
+        self._handlers[name] = function
+        for table in self._tables.values():
+            table[name] = function
+        return name
+
+    def add_object(self, obj: object, prefix: str = "") -> list[str]:
+        """Register the public methods of ``obj``'s own class as ``prefix`` + name; returns the names.
+
+        They are listed once, now. What the class inherits, what begins with an underscore and what isn't a method (a
+        property, a nested class, an attribute of the object) is left out.
+        """
+        own = [
+            name
+            for name, value in vars(type(obj)).items()
+            if not name.startswith("_") and isinstance(value, (FunctionType, staticmethod, classmethod))
+        ]
+        return [self.add(getattr(obj, name), prefix + name) for name in own]
+
+    def remove(self, name: str) -> None:
+        """Forget the method ``name``; raises KeyError if there is none."""
+        del self._handlers[name]
+        for table in self._tables.values():
+            del table[name]
+
+    def table(self, wrap: Wrapper | None = None) -> MethodTable:
+        """A live table of these methods; ``wrap`` gives what is called in place of each, unknown ones included."""
+        table = MethodTable(wrap)
+        for name, function in self._handlers.items():
+            table[name] = function
+        self._tables[id(table)] = table
+        return table
+
+
+def params_mismatch(method: str, function: Handler, params: Sequence[Any]) -> str | None:
+    """Why ``function`` can't be called with ``params``, for the caller to read; None if it can.
+
+    It is asked only after a call has raised TypeError, to tell a wrong number of params from a fault in the handler.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # Some functions that are written in C don't tell.
+    try:
+        signature.bind(*params)
+    except TypeError as exc:
+        shown = signature.replace(
+            parameters=[parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()],
+            return_annotation=signature.empty,
+        )
+        return f"wrong params for {method}{shown}: {exc}"
+    return None
+
+
+def _raise_unknown(name: str, /, *_params: Any) -> NoReturn:
+    raise UnknownMethod(no_such_method(name))
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a method's name has to be a string of one character or more, not {name!r}")
+    if name.startswith(RESERVED_PREFIX):
+        raise ValueError(f"{name!r}: names that begin with {RESERVED_PREFIX!r} are reserved")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} can't be sent: it is not valid Unicode") from None
