@@ -1,0 +1,367 @@
+"""Addresses, and the sockets that they name: listening, connecting, TLS; foreign errors become ours here.
+
+A :class:`Stream` is what a connection reads and writes: it never blocks, but for its last words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as stdlib_socket
+import ssl
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+import gevent
+from gevent import monkey, socket
+from gevent.socket import wait_read, wait_write
+
+from .exceptions import ConnectFailed, ConnectionClosed
+
+#: What `gmprpc.Client` and `gmprpc.Server` take to say where: ``("host", port)``, ``"host:port"``, ``"unix:/path"``.
+Address = tuple[str, int] | tuple[str, int, int, int] | str | int
+
+UNIX_PREFIX = "unix:"
+FD_PREFIX = "fd://"
+#: How AnyEvent says that a port is the path of a unix socket.
+UNIX_HOST = "unix/"
+
+# What a TLS record can hold.
+_RECORD_SIZE = 16 * 1024
+# How long a stream that is being closed waits for the peer to take the last bytes and to close its side. Some kernels
+# keep a closed socket's data for a minute, nginx lingers for 5 s; picked between haste and leaks.
+_FAREWELL_TIMEOUT = 2.0
+
+# The class that gevent's and the standard library's sockets wrap: here nothing may wait behind our back.
+_RawSocket: type[stdlib_socket.socket] = monkey.get_original("socket", "socket")
+
+
+class Stream(Protocol):
+    """A connected, non-blocking stream of bytes, which owns its descriptor."""
+
+    def fileno(self) -> int:
+        """The descriptor to watch, the same one for reading and writing."""
+
+    def recv(self, size: int, /) -> bytes:
+        """The bytes that are there, at least one and about ``size`` at most; ``b""`` at the end of the stream.
+
+        Raises BlockingIOError when there are none yet, another OSError when the stream is broken.
+        """
+
+    def send(self, data: Any, /) -> int:
+        """Take what goes without waiting, and return how much that was; what is left has to be given again first.
+
+        Raises BlockingIOError when nothing goes, another OSError when the stream is broken.
+        """
+
+    def finish(self, data: bytes, *, linger: bool) -> None:
+        """Send ``data``, say goodbye and close, within a moment; blocks this greenlet, raises nothing.
+
+        ``linger`` waits until the peer has said goodbye too: closing with unread input resets the connection, and a
+        reset can destroy what is still on its way to the peer.
+        """
+
+    def close(self) -> None:
+        """Close at once."""
+
+
+class PlainStream:
+    """A TCP or unix socket."""
+
+    def __init__(self, sock: Any) -> None:
+        """Take the descriptor over from ``sock``, which is detached.
+
+        Raises:
+            TypeError: ``sock`` does TLS on its own; see :class:`TLSStream`.
+        """
+        if hasattr(sock, "do_handshake"):
+            raise TypeError(f"give a plain socket and an ssl_context, not {sock!r}")
+        family, kind, protocol = sock.family, sock.type, sock.proto
+        self._socket = _RawSocket(family, kind, protocol, fileno=sock.detach())
+        self._socket.setblocking(False)
+        if family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6):
+            with suppress(OSError):  # It may be gone already: the first read tells.
+                self._socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
+                self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
+        self.fileno = self._socket.fileno
+        self.recv = self._socket.recv
+        self.send = self._socket.send
+
+    def finish(self, data: bytes, *, linger: bool) -> None:
+        with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
+            send_all(self, data)
+            self._socket.shutdown(stdlib_socket.SHUT_WR)
+            while linger and _recv_waiting(self, _RECORD_SIZE):
+                pass
+        self.close()
+
+    def shutdown_read(self) -> None:
+        """Take nothing more in: from now on `recv` gives the end."""
+        with suppress(OSError):
+            self._socket.shutdown(stdlib_socket.SHUT_RD)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class TLSStream:
+    """TLS over a plain stream, with OpenSSL in memory between the two.
+
+    (An SSLSocket hides decrypted bytes from the watcher of its descriptor, and can't go on with a write from another
+    buffer.)
+    """
+
+    def __init__(
+        self, stream: PlainStream, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
+    ) -> None:
+        self._stream = stream
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
+        # What is encrypted and hasn't left, and how many plain bytes `send` still has to own up to for it.
+        self._encrypted = b""
+        self._owned_up = 0
+        self.fileno = stream.fileno
+
+    def handshake(self) -> None:
+        """Agree on the keys; blocks this greenlet, has no deadline of its own.
+
+        Raises:
+            ConnectionClosed: it failed; ``__cause__`` is OpenSSL's error.
+        """
+        try:
+            while True:
+                try:
+                    self._tls.do_handshake()
+                except ssl.SSLWantReadError:
+                    send_all(self._stream, self._outgoing.read())
+                    self._fill(_recv_waiting(self._stream, _RECORD_SIZE))
+                else:
+                    send_all(self._stream, self._outgoing.read())
+                    return
+        except OSError as exc:
+            with suppress(OSError):
+                self._stream.send(self._outgoing.read())  # The alert that tells the peer why.
+            raise ConnectionClosed(f"TLS handshake failed: {exc}") from exc
+
+    def recv(self, size: int, /) -> bytes:
+        try:
+            self._fill(self._stream.recv(size))
+        except BlockingIOError:
+            # The handshake may have left something, of which the watcher of the descriptor knows nothing.
+            if not self._incoming.pending:
+                raise
+        # All that is there has to come out now: nothing would wake us up for the rest.
+        plain = []
+        try:
+            while data := self._tls.read(size):
+                plain.append(data)
+        except ssl.SSLWantReadError:
+            if not plain:
+                raise BlockingIOError from None
+        except ssl.SSLEOFError:
+            if not plain:
+                raise
+            self._stream.shutdown_read()
+        else:
+            if plain:
+                self._stream.shutdown_read()  # The end has to be read a second time, on its own.
+        finally:
+            if self._outgoing.pending:  # New keys, say: part of the protocol's own talk.
+                self._encrypted += self._outgoing.read()
+                self._flush()
+        return b"".join(plain)
+
+    def send(self, data: Any, /) -> int:
+        if not self._flush():
+            raise BlockingIOError
+        sent, self._owned_up = self._owned_up, 0
+        view = memoryview(data)
+        while sent < len(view):
+            record = view[sent : sent + _RECORD_SIZE]
+            self._tls.write(record)
+            self._encrypted = self._outgoing.read()
+            if not self._flush():
+                # It counts as sent once it has left: until then the caller has a reason to come back.
+                self._owned_up = len(record)
+                break
+            sent += len(record)
+        return sent
+
+    def finish(self, data: bytes, *, linger: bool) -> None:
+        with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
+            send_all(self, data)
+            with suppress(ssl.SSLError):
+                self._tls.unwrap()
+            send_all(self._stream, self._outgoing.read())
+        self._stream.finish(b"", linger=linger)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _fill(self, data: bytes) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _flush(self) -> bool:
+        """Send what is encrypted; False if some of it has to wait."""
+        try:
+            while self._encrypted:
+                self._encrypted = self._encrypted[self._stream.send(self._encrypted) :]
+        except BlockingIOError:
+            return False
+        return True
+
+
+def send_all(stream: Stream, data: bytes | memoryview) -> None:
+    """Send all of ``data``, waiting as long as it takes; blocks this greenlet."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[stream.send(view) :]
+        except BlockingIOError:
+            wait_write(stream.fileno())
+
+
+def _recv_waiting(stream: Stream, size: int) -> bytes:
+    while True:
+        try:
+            return stream.recv(size)
+        except BlockingIOError:
+            wait_read(stream.fileno())
+
+
+def parse_address(address: Any) -> tuple[str, int] | str:
+    """``(host, port)`` or ``"unix:/path"`` for anything that names one place to connect to.
+
+    Raises:
+        ValueError: ``address`` names none; the message says what would.
+    """
+    if isinstance(address, str):
+        if address.startswith(UNIX_PREFIX) and len(address) > len(UNIX_PREFIX):
+            return address
+        host, colon, port = address.rpartition(":")
+        if colon and port.isascii() and port.isdigit() and int(port) < 2**16:
+            return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+    elif isinstance(address, (tuple, list)) and len(address) >= 2 and isinstance(address[1], int):
+        return address[0], address[1]
+    raise ValueError(f"{address!r} is no address: give HOST:PORT, (host, port) or unix:PATH")
+
+
+def format_address(address: Any) -> str:
+    """``address`` as a person would type it: ``127.0.0.1:4423``, ``[::1]:4423`` or ``unix:/path``."""
+    if isinstance(address, tuple) and len(address) >= 2:
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return str(address)
+
+
+def connect(address: Any, before_connect: Callable[[socket.socket], Any] | None = None) -> socket.socket:
+    """A socket connected to ``address``; of a name with several addresses the first that answers.
+
+    ``before_connect(socket)`` is called with each socket before it connects. Blocks this greenlet, with no deadline of
+    its own.
+
+    Raises:
+        ConnectFailed: nobody answers there; ``__cause__`` is the system's error.
+        ValueError: ``address`` names no place.
+    """
+    place = parse_address(address)
+    candidates: list[Any]
+    try:
+        if isinstance(place, str):
+            candidates = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", place.removeprefix(UNIX_PREFIX))]
+        else:
+            candidates = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        raise ConnectFailed(f"can't resolve {format_address(place)}: {exc.strerror or exc}") from exc
+    failure: OSError | None = None
+    for family, kind, protocol, _, target in candidates:
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as exc:
+            failure = exc
+            continue
+        try:
+            if before_connect is not None:
+                before_connect(sock)
+            sock.connect(target)
+        except OSError as exc:
+            failure = exc
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    reason = "no address" if failure is None else failure.strerror or str(failure)
+    raise ConnectFailed(f"can't connect to {format_address(place)}: {reason}") from failure
+
+
+def open_listener(listener: Any) -> Any:
+    """What :class:`gevent.server.StreamServer` takes for ``listener``: a socket where it knows no such address.
+
+    ``"unix:/path"`` binds a unix socket, ``"fd://3"`` takes over a listening descriptor, as from systemd; every form of
+    gevent's is handed through.
+
+    Raises:
+        OSError: it can't be bound.
+    """
+    if isinstance(listener, str) and listener.startswith(UNIX_PREFIX):
+        return _listen_unix(listener.removeprefix(UNIX_PREFIX))
+    if isinstance(listener, str) and listener.startswith(FD_PREFIX):
+        number = listener.removeprefix(FD_PREFIX)
+        if not number.isdigit():
+            raise ValueError(f"{listener!r}: give the number of a listening descriptor, as in fd://3")
+        sock = socket.socket(fileno=int(number))
+        sock.setblocking(False)
+        return sock
+    return listener
+
+
+def _listen_unix(path: str) -> socket.socket:
+    remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        sock.listen(128)  # as gevent's StreamServer
+    except BaseException:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def remove_stale(path: str) -> None:
+    """Remove the file of a unix socket that nobody listens on any more.
+
+    Raises:
+        OSError: (EADDRINUSE) somebody does, or the file is no socket.
+    """
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EADDRINUSE, "a file that is no socket is in the way", path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass
+        else:
+            raise OSError(errno.EADDRINUSE, "another server listens there", path)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Tells the file at ``path`` from one that may stand there later; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
