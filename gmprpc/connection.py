@@ -1,0 +1,596 @@
+"""One stream with MessagePack-RPC on it, at either end: it answers requests and holds calls until they are answered.
+
+Who does what, and in which greenlet:
+
+* The stream is read in the hub, as a watcher's callback. Nothing there may block, and nothing may escape.
+* Each request and notification runs in a greenlet of its own, which the hub switches into, as gevent starts its own
+  greenlets. Whether the handler ends or blocks, control is back in the hub. A greenlet that has finished is kept for
+  the next request of the same connection: a fresh one costs ten times as much as the switches.
+* Only the hub switches into request greenlets and into callers that wait for an answer. What anybody else sets off
+  reaches them through a callback of the loop.
+* Answers gather in a list and are written together. There is one writer; nobody waits to write.
+
+The connection is handed a mapping of methods and knows no service, no listener and no way to connect.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Final
+
+import gevent
+from gevent.event import Event
+from greenlet import getcurrent
+
+from .calls import Calls
+from .exceptions import ConnectionClosed, ProtocolError
+from .metrics import Counters
+from .options import ConnectionOptions
+from .protocol import (
+    INVALID,
+    NOTIFICATION,
+    RESPONSE,
+    Decoder,
+    Message,
+    requests_in,
+)
+from .reply import PendingCall, Reply
+from .requests import RequestGreenlet, Requests
+from .sweeper import Sweeper
+from .transport import Stream, format_address
+
+logger = logging.getLogger("gmprpc.connection")
+
+TOO_MANY_REQUESTS: Final = "too many requests in flight"
+
+# How much is read at once: enough that a message of 64 KiB comes in one piece. Small messages don't care. (With glibc a
+# buffer of this size also raises the threshold for giving memory back to the system, which at 128 KiB costs 64 KiB
+# messages half their rate in page faults.)
+_READ_SIZE = 256 * 1024
+# For how long, and for how many messages, a connection may keep the hub before others get their turn.
+_BATCH_TIME = 0.004
+_BATCH_MESSAGES = 100
+# When this much can't be written, reading stops.
+_HIGH_WATER_SIZE = 256 * 1024
+# How many request greenlets a connection keeps when it has gone quiet.
+_KEPT_GREENLETS = 1
+
+_READ, _WRITE = 1, 2
+
+# The phases of a connection, in their order; each may be skipped.
+_OPEN = 0
+_FINISHING = 1  # Reads what the peer has sent by now, answers it.
+_DRAINED = 2  # Has read that; reads on only for the answers to its own calls.
+_DEAF = 3  # The peer won't say more, or nothing that makes sense; what it said is answered.
+_CLOSED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The request or notification that a handler is at work on."""
+
+    #: The connection on which it came; ``call`` and ``notify`` on it go back to the caller.
+    connection: Connection
+    #: The message as it was decoded: ``[0, msgid, method, params]`` or ``(2, None, method, params)``.
+    message: Message
+
+    @property
+    def method(self) -> str:
+        """The method that was called."""
+        return self.message[2]  # type: ignore[no-any-return]
+
+    @property
+    def msgid(self) -> int | None:
+        """The request's id, as its sender chose it; None for a notification."""
+        return self.message[1]  # type: ignore[no-any-return]
+
+    @property
+    def peer(self) -> Any:
+        """The address of the caller: ``(host, port, ...)``, or a text for a unix socket."""
+        return self.connection.peer
+
+
+def current_call() -> Call:
+    """The call that this greenlet is the handler of.
+
+    Raises:
+        LookupError: it is the handler of none; greenlets that a handler spawns aren't.
+    """
+    request = getcurrent()
+    if isinstance(request, RequestGreenlet) and request.message is not None:
+        return Call(request.requests.owner, request.message)  # type: ignore[arg-type]  # The owner is a Connection.
+    raise LookupError("there is no current call: this greenlet doesn't run a handler")
+
+
+def current_reply() -> Reply | None:
+    """A Reply for the call that this greenlet is the handler of, None for a notification.
+
+    The connection tells it when the caller has gone. The handler has to return it.
+    """
+    if current_call().msgid is None:
+        return None
+    request = getcurrent()
+    assert isinstance(request, RequestGreenlet)
+    reply = Reply()
+    request.reply = weakref.ref(reply)
+    return reply
+
+
+class Connection:
+    """A stream with MessagePack-RPC on it.
+
+    Any number of greenlets of the thread that made it may call its methods at once.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_backlog",
+        "_backlog_size",
+        "_batch_end",
+        "_calls",
+        "_counters",
+        "_decoder",
+        "_hub",
+        "_inbox",
+        "_is_aborted",
+        "_is_amid_write",
+        "_is_awake",
+        "_is_cut",
+        "_is_reading",
+        "_loop",
+        "_out",
+        "_over",
+        "_phase",
+        "_read_watcher",
+        "_requests",
+        "_stream",
+        "_turn",
+        "_unsent_requests",
+        "_was_active",
+        "_write_watcher",
+        "error",
+        "is_settling",
+        "peer",
+    )
+
+    def __init__(
+        self,
+        stream: Stream,
+        methods: Mapping[str, Callable[..., Any]],
+        options: ConnectionOptions,
+        *,
+        counters: Counters,
+        peer: Any = None,
+    ) -> None:
+        #: The address of the other side.
+        self.peer = peer
+        #: What ended the connection; None while it lives and when it ended in good order.
+        self.error: Exception | None = None
+
+        self._hub = gevent.get_hub()
+        self._loop = self._hub.loop
+        self._counters = counters
+        counters.connections += 1
+
+        # Reading.
+        self._stream = stream
+        self._decoder = Decoder(options.max_message_size, options.unpacker_options)
+        self._inbox: Iterator[Message] | None = None  # What was read and not yet carried out.
+        self._read_watcher = self._loop.io(stream.fileno(), _READ)
+        self._is_reading = False
+        self._turn: Any = None  # The timer that ends a pause made for others.
+        self._batch_end = 0.0
+        self._is_awake = False  # Looked after by the sweeper.
+        self._was_active = False  # Since it looked last.
+
+        # Carrying out requests.
+        self._out: list[bytes] = []  # What is to be written at the end of the batch.
+        self._requests = Requests(self, methods, options, counters, self._out)
+
+        # Calls to the peer.
+        self._calls = Calls(self, self._requests.encoder)
+
+        # Writing.
+        self._backlog: list[bytes | memoryview] = []  # What the kernel didn't take; then everything goes here.
+        self._backlog_size = 0
+        self._is_amid_write = False  # A part of the backlog's first piece has been written.
+        self._unsent_requests: set[int] = set()  # When the connection was lost.
+        self._write_watcher: Any = None
+        #: `_settle` will be called soon: at the end of a batch, or by the loop.
+        self.is_settling = False
+
+        # The end.
+        self._phase = _OPEN
+        self._is_cut = False  # Closed by this side before it was quiet.
+        self._is_aborted = False
+        self._over = Event()
+
+    # What the application may call.
+
+    def call(self, method: str, *params: Any, timeout: float | None = None) -> Any:
+        """Call ``method`` of the peer and wait, in this greenlet only, for its result.
+
+        ``timeout`` is in seconds, None waits for ever.
+
+        Raises:
+            RemoteError: the peer answered an error; MethodNotFound if it has no such method.
+            CallTimeout: no answer came in time.
+            ConnectionClosed: the connection ended before the answer came.
+            ProtocolError: the answer holds a value that can't be decoded. The connection goes on.
+            TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
+        """
+        return self._calls.call(method, params, timeout)
+
+    def call_async(self, method: str, *params: Any, timeout: float | None = None) -> PendingCall:
+        """Call ``method`` of the peer and go on; what it returns has the result once it is there.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+            TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
+        """
+        call = PendingCall(method)
+        self._calls.send(call, params, timeout)
+        return call
+
+    def send_call(self, call: PendingCall, params: tuple[Any, ...], timeout: float | None) -> None:
+        """Send ``call``, which was made before there was a connection; raises like :meth:`call_async`."""
+        self._calls.send(call, params, timeout)
+
+    def notify(self, method: str, *params: Any) -> None:
+        """Call ``method`` of the peer without an answer: whether it arrives and succeeds can't be known.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+            TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
+        """
+        data = self._requests.encoder.notification(method, params)
+        self.check_open()
+        self.post(data)
+
+    def check_open(self) -> None:
+        """Raise unless calls can be sent, by this thread.
+
+        Raises:
+            ConnectionClosed: the connection has ended; ``__cause__`` says why, if not in good order.
+            RuntimeError: it belongs to another thread.
+        """
+        if not self.is_open:
+            raise ConnectionClosed("the connection is closed") from self.error
+        if gevent.get_hub() is not self._hub:
+            raise RuntimeError("this connection belongs to another thread")
+
+    @property
+    def is_open(self) -> bool:
+        """True while calls can be sent: the connection isn't closed, and the peer hasn't said its last word."""
+        return self._phase < _DEAF
+
+    @property
+    def is_closed(self) -> bool:
+        """True once nothing can be sent or received any more."""
+        return self._phase == _CLOSED
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests and notifications of the peer are at work and not answered yet."""
+        return len(self._requests)
+
+    @property
+    def pending(self) -> int:
+        """How many calls to the peer wait for their answer."""
+        return len(self._calls.pending)
+
+    def finish(self) -> None:
+        """Answer what has been received, then close; returns at once, :meth:`wait` waits for it."""
+        if self._phase == _OPEN:
+            self._phase = _FINISHING
+            self._loop.run_callback(self._settle)
+
+    def close(self) -> None:
+        """Close now: calls that wait end with ConnectionClosed, answers that are still to come are dropped.
+
+        What was sent before, a notification perhaps, is still given to the peer.
+        """
+        if self._phase < _CLOSED:
+            self._is_cut = True
+            self.flush()
+        if self._phase < _CLOSED:  # What is broken may have shown in the attempt to write.
+            self._end(self.error)
+
+    def abort(self) -> None:
+        """Close at once, whatever is still to be sent."""
+        self._is_aborted = True
+        self.close()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the connection is closed; False if ``timeout`` seconds pass before."""
+        return self._over.wait(timeout)
+
+    # The life of the connection, in the greenlet that was made for it.
+
+    def run(self) -> Exception | None:
+        """Carry the connection through to its end and close the stream; returns :attr:`error`."""
+        try:
+            # The first look doesn't wait for the watcher: TLS may have read more than its handshake.
+            self._loop.run_callback(self._settle)
+            self._loop.run_callback(self._on_readable)
+            self._over.wait()
+        except BaseException:  # This greenlet is killed.
+            self.abort()
+            self._stream.close()
+            raise
+        error, last_words = self.error, b"".join(self._backlog)
+        self._backlog.clear()
+        if error is not None:
+            self._counters.failed_connections += 1
+            level = logging.WARNING if isinstance(error, ProtocolError) else logging.INFO
+            logger.log(level, "connection with %s: %s: %s", format_address(self.peer), type(error).__name__, error)
+        if self._is_aborted or isinstance(error, ConnectionClosed):
+            self._stream.close()
+        else:
+            self._stream.finish(last_words, linger=not self._is_cut)
+        return error
+
+    # Reading, in the hub.
+
+    def _on_readable(self) -> None:
+        if self._phase >= _DEAF or self._inbox is not None:
+            return
+        try:
+            data = self._stream.recv(_READ_SIZE)
+        except BlockingIOError:
+            if self._phase == _FINISHING:
+                self._phase = _DRAINED
+                self._settle()
+            return
+        except Exception as exc:
+            self._lose(exc)
+            return
+        if data:
+            self._inbox = self._decoder.feed(data)
+            self._carry_on()
+        else:
+            self._hear_end()
+
+    def _carry_on(self) -> None:
+        """Carry out the messages that were read: the one loop of the program."""
+        if (inbox := self._inbox) is None:
+            return
+        if not self._is_awake:
+            self._is_awake = True
+            Sweeper.of(self._hub).watch(self)
+        self._was_active = True
+        requests, pending = self._requests, self._calls.pending
+        idle, deferred = requests.idle, requests.deferred
+        # Requests that end within this batch don't have to see to it that their answers are sent.
+        self.is_settling = True
+        self._batch_end = perf_counter() + _BATCH_TIME
+        left = _BATCH_MESSAGES
+        try:
+            for message in inbox:
+                kind = message[0]
+                if kind == RESPONSE:
+                    waiter = pending.pop(message[1], None)
+                    if waiter is None:
+                        self._counters.late_answers += 1
+                    else:
+                        waiter(message)
+                elif kind == INVALID:
+                    self._reject(message)
+                elif (idle and not deferred) or not requests.is_full():
+                    request = idle.pop() if idle else requests.new_greenlet()
+                    request.message = message
+                    request.gr_context = None  # Every request starts in a fresh context: 40 ns.
+                    request.switch()
+                else:
+                    self._refuse(message)
+                # Time and number: one connection must not keep the hub. What else has to end the batch, as the close of
+                # the connection has, sets its end to 0. (A batch's 4 ms are 35 ns a message to measure.)
+                left -= 1
+                if not left or perf_counter() > self._batch_end:
+                    break
+                # No place left: the rest waits where it is, and what isn't read yet in the kernel. But while a call of
+                # this side is pending its answer has to be read, or calls that call back would wait for each other.
+                if (not idle or deferred) and not pending and requests.is_full():
+                    break
+            else:
+                self._inbox = None
+        except ProtocolError as exc:
+            self._counters.protocol_errors += 1
+            self._inbox = None
+            self._fall_silent(exc)
+        except BaseException:
+            # Not a handler's doing, its greenlet answers for that: a caller's greenlet that isn't gevent's has died.
+            self._hub.handle_error(self, *sys.exc_info())
+        self._settle()
+
+    def _reject(self, message: Message) -> None:
+        """Deal with a message that is well framed, but holds what can't be decoded or is no valid request."""
+        _, msgid, kind, reason = message
+        if kind == RESPONSE:
+            waiter = self._calls.pending.pop(msgid, None)
+            if waiter is not None:
+                waiter(ProtocolError(f"the answer {reason}"))
+                return
+        self._counters.invalid_messages += 1
+        if kind == NOTIFICATION:
+            # Not from here: a log's lock may be held by a greenlet, and the hub can't wait.
+            gevent.spawn(logger.warning, "invalid notification from %s: %s", format_address(self.peer), reason)
+        elif kind != RESPONSE:
+            self._out.append(self._requests.encoder.response(msgid, reason, None))
+
+    def _refuse(self, message: Message) -> None:
+        self._counters.refused_messages += 1
+        if message[1] is not None:
+            self._out.append(self._requests.encoder.response(message[1], TOO_MANY_REQUESTS, None))
+
+    def _hear_end(self) -> None:
+        """The peer has shut down its writing side: it may still read, but it won't answer any more."""
+        if self._decoder.is_amid_message:
+            self._fall_silent(ConnectionClosed("the peer closed the connection amid a message"))
+        else:
+            self._fall_silent(None)
+        self._settle()
+
+    def _fall_silent(self, error: Exception | None) -> None:
+        """Take no more messages; what was received is still answered."""
+        self._phase = _DEAF
+        self.error = error
+        self._calls.fail_all(self.error, self._unsent_requests)
+
+    # Between the batches, in the hub.
+
+    def settle_soon(self) -> None:
+        """Have `_settle` called by the loop, once for all who ask for it until then."""
+        self.is_settling = True
+        self._loop.run_callback(self._settle)
+
+    def _settle(self) -> None:
+        """What there is to do when requests have ended: write, go on reading, close when all is quiet."""
+        self.is_settling = False
+        if self._out and self._phase < _CLOSED:
+            self.flush()
+        # The usual end of a batch: nothing is held up and nobody wants an end, so nothing has to change.
+        requests = self._requests
+        is_held_up = self._inbox or self._backlog or requests.deferred or len(requests.greenlets) > len(requests.idle)
+        if self._is_reading and not is_held_up and self._phase == _OPEN:
+            return
+        if self._phase == _CLOSED:
+            self._clear_away()
+            return
+        may_read = self._backlog_size <= _HIGH_WATER_SIZE and (
+            bool(self._calls.pending) or not self._requests.is_full()
+        )
+        if self._inbox is not None:
+            if may_read and self._turn is None:
+                # A zero timer, since callbacks of the loop don't let timers and other sockets in.
+                self._turn = self._loop.timer(0)
+                self._turn.start(self._take_turn)
+            may_read = False
+        elif self._phase >= _DEAF or (self._phase == _DRAINED and not self._calls.pending):
+            if not requests and not self._backlog:
+                self._end(self.error)
+                return
+            may_read = False
+        elif self._phase == _FINISHING and may_read:
+            # What the kernel holds is read without waiting for more.
+            self._loop.run_callback(self._on_readable)
+            may_read = False
+        if may_read is not self._is_reading:
+            self._is_reading = may_read
+            if may_read:
+                self._read_watcher.start(self._on_readable)
+            else:
+                self._read_watcher.stop()
+
+    def _take_turn(self) -> None:
+        self._turn.close()
+        self._turn = None
+        self._carry_on()
+
+    # Writing, in any greenlet.
+
+    def post(self, data: bytes) -> None:
+        """Send what this side says on its own account: at once, or together with what else this batch brings."""
+        self._out.append(data)
+        if not self.is_settling:
+            self.flush()
+            self.settle_soon()
+
+    def flush(self) -> None:
+        """Write what has gathered, as far as it goes without waiting."""
+        out = self._out
+        if not out:
+            return
+        if self._backlog:
+            self._backlog += out
+            self._backlog_size += sum(map(len, out))
+            out.clear()
+        else:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+            self._write(data)
+        if self._backlog_size > _HIGH_WATER_SIZE:
+            self._batch_end = 0.0
+
+    def _write(self, data: bytes | memoryview) -> None:
+        """Write ``data``; what isn't taken waits, before all else, for the write watcher."""
+        try:
+            sent = self._stream.send(data)
+        except BlockingIOError:
+            sent = 0
+        except Exception as exc:
+            self._backlog.insert(0, data)
+            self._lose(exc)
+            return
+        if sent == len(data):
+            self._is_amid_write = False
+            return
+        self._backlog.insert(0, memoryview(data)[sent:])
+        self._backlog_size += len(data) - sent
+        self._is_amid_write = sent > 0 or self._is_amid_write
+        if self._write_watcher is None:
+            self._write_watcher = self._loop.io(self._stream.fileno(), _WRITE)
+            self._write_watcher.start(self._on_writable)
+
+    def _on_writable(self) -> None:
+        if len(self._backlog) > 1 and len(self._backlog[0]) < _HIGH_WATER_SIZE:
+            self._backlog = [b"".join(self._backlog)]
+        data = self._backlog.pop(0)
+        self._backlog_size -= len(data)
+        self._write(data)
+        if not self._backlog and self._write_watcher is not None:
+            self._write_watcher.close()
+            self._write_watcher = None
+        self._settle()
+
+    # The end.
+
+    def _lose(self, reason: Exception) -> None:
+        """The stream is broken: nothing more can be received or sent."""
+        error = ConnectionClosed(f"connection lost: {getattr(reason, 'strerror', None) or reason}")
+        error.__cause__ = reason
+        # What is still here has not left; what was partly written may have.
+        unsent = self._backlog[1:] if self._is_amid_write else self._backlog
+        self._unsent_requests.update(requests_in(b"".join([*unsent, *self._out])))
+        self._backlog.clear()
+        self._out.clear()
+        self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        """Stop; from any greenlet, so nothing is switched into here."""
+        self._phase = _CLOSED
+        self.error = error
+        self._inbox = None
+        self._batch_end = 0.0
+        for watcher in (self._read_watcher, self._write_watcher, self._turn):
+            if watcher is not None:
+                # Before the descriptor is closed: a watcher that outlives it fires for the next owner of its number.
+                watcher.close()
+        self._write_watcher = self._turn = None
+        self._backlog += self._out  # The last words; answers that come later are dropped.
+        self._out.clear()
+        self.settle_soon()
+        self._over.set()
+
+    def _clear_away(self) -> None:
+        """When the connection has ended: let go of everybody who waits for something; in the hub."""
+        self._counters.dropped_answers += len(self._out)
+        self._out.clear()
+        self._calls.fail_all(self.error, self._unsent_requests)
+        self._requests.cancel_replies()
+        self._requests.dismiss_idle()
+
+    def rest(self) -> bool:
+        """Give back what is held for speed if there was nothing to do lately; says whether it was so."""
+        if self._was_active:
+            self._was_active = False
+            return self._phase == _CLOSED
+        self._decoder.release()
+        self._requests.dismiss_idle(_KEPT_GREENLETS)
+        self._is_awake = False
+        return True

@@ -1,0 +1,322 @@
+"""The requests of one connection that are at work: the greenlets they run in, and how each gets its answer.
+
+It knows no socket: answers go into a list, and the connection is told when there is something to settle.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import gevent
+from gevent import Greenlet, GreenletExit
+from gevent.event import AsyncResult
+
+from .calls import switch
+from .exceptions import ErrorResponse
+from .methods import UnknownMethod, params_mismatch
+from .metrics import Counters
+from .options import ConnectionOptions
+from .protocol import Encoder, Message
+from .reply import Reply, get_thread_ident
+from .transport import format_address
+
+# The logger of the connection: where a request is carried out is nothing that a reader of logs should have to know.
+logger = logging.getLogger("gmprpc.connection")
+
+DROPPED_REPLY: Final = "the reply was dropped unanswered"
+
+# An answer of this size doesn't wait for others to be sent together with it. Picked arbitrarily.
+_LARGE_ANSWER = 16 * 1024
+
+# What a handler may return to have it answered later.
+_DEFERRED = (AsyncResult, Greenlet)
+
+if TYPE_CHECKING:
+    _Greenlet = Greenlet[Any, Any]
+else:
+    _Greenlet = Greenlet  # It is generic in its stubs only.
+
+
+class Owner(Protocol):
+    """What requests need of the connection that they came on."""
+
+    peer: Any
+    #: True while somebody will call `settle` anyway, so that nobody else has to ask for it.
+    is_settling: bool
+
+    @property
+    def is_closed(self) -> bool:
+        """True once answers can't be sent any more."""
+
+    def flush(self) -> None:
+        """Write the answers that have gathered."""
+
+    def settle_soon(self) -> None:
+        """Write them soon, and look whether a place that has become free changes anything."""
+
+
+class Requests:
+    """The requests, and notifications, of one connection."""
+
+    __slots__ = (
+        "_counters",
+        "_deferred_keys",
+        "_hide_errors",
+        "_limit",
+        "_reuse_greenlets",
+        "deferred",
+        "encoder",
+        "greenlets",
+        "hub",
+        "idle",
+        "methods",
+        "out",
+        "owner",
+    )
+
+    def __init__(
+        self,
+        owner: Owner,
+        methods: Mapping[str, Callable[..., Any]],
+        options: ConnectionOptions,
+        counters: Counters,
+        out: list[bytes],
+    ) -> None:
+        self.owner = owner
+        self.methods = methods
+        #: Where answers gather; the connection's own messages do too.
+        self.out = out
+        self.encoder = Encoder(_packer_options(options.packer_options))
+        self.hub = gevent.get_hub()
+        #: Every greenlet there is, and those of them that wait for a request.
+        self.greenlets: set[RequestGreenlet] = set()
+        self.idle: list[RequestGreenlet] = []
+        #: What will complete later, Replies weakly, so that it can be noticed when nobody is left to answer.
+        self.deferred: dict[int, Any] = {}
+        self._deferred_keys = count()
+        self._limit = options.max_concurrency
+        self._reuse_greenlets = options.reuse_greenlets
+        self._hide_errors = options.hide_errors
+        self._counters = counters
+
+    def __len__(self) -> int:
+        """How many are at work and not answered yet."""
+        return len(self.greenlets) - len(self.idle) + len(self.deferred)
+
+    def is_full(self) -> bool:
+        """True when ``max_concurrency`` are at work."""
+        return self._limit is not None and len(self) >= self._limit
+
+    def new_greenlet(self) -> RequestGreenlet:
+        """A greenlet for a request; the hub switches into it when its ``message`` is set."""
+        request = RequestGreenlet(self)
+        request.is_retired = not self._reuse_greenlets
+        self.greenlets.add(request)
+        return request
+
+    def dismiss_idle(self, kept: int = 0) -> None:
+        """End the greenlets that wait for a request, but for ``kept`` of them; in the hub."""
+        while len(self.idle) > kept:
+            request = self.idle.pop()
+            request.is_retired = True
+            request.switch()
+
+    def cancel_replies(self) -> None:
+        """Tell every Reply that is still to be set that nobody waits for it any more."""
+        for reference in [*self.deferred.values(), *(request.reply for request in self.greenlets)]:
+            reply = reference() if isinstance(reference, weakref.ref) else None
+            if reply is not None:
+                reply._cancel()
+
+    # Answers other than a handler's plain result.
+
+    def fail(self, msgid: int | None, method: str, params: Sequence[Any] | None, exc: BaseException) -> None:
+        """Answer that a handler raised ``exc``, then log it.
+
+        ``params`` is None where they can't be the reason. Not in the hub, where nobody may wait for a log.
+        """
+        mark = ""
+        is_fault = False  # Of the handler; not of the caller, nor what the handler chose to answer.
+        error: Any
+        if isinstance(exc, UnknownMethod):
+            self._counters.unknown_methods += 1
+            error = exc.error
+        elif isinstance(exc, ErrorResponse):
+            error = exc.error
+        elif (
+            isinstance(exc, TypeError)
+            and params is not None
+            and (mismatch := params_mismatch(method, self.methods[method], params)) is not None
+        ):
+            self._counters.invalid_messages += 1
+            error = mismatch
+        else:
+            self._counters.handler_errors += 1
+            is_fault = True
+            error = _text_of(exc)
+            if self._hide_errors:
+                mark = f" ({token_hex(4)})"
+                error = f"internal error{mark}"
+        if msgid is not None:
+            self.out.append(self._error_response(msgid, error))
+        if is_fault:
+            what = "notification" if msgid is None else f"request {msgid}"
+            logger.error("%s of %s from %s failed%s", what, method, format_address(self.owner.peer), mark, exc_info=exc)
+        elif msgid is None:
+            logger.warning("notification of %s from %s failed: %s", method, format_address(self.owner.peer), error)
+
+    def defer(self, msgid: int | None, method: str, result: Any) -> None:
+        """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""
+        key = next(self._deferred_keys)
+        completed = partial(self._answer_deferred, key, msgid, method)
+        if isinstance(result, Reply):
+            self.deferred[key] = weakref.ref(result)
+            result._on_drop = partial(completed, None)
+        else:
+            self.deferred[key] = result
+        result.rawlink(completed)
+
+    def _answer_deferred(self, key: int, msgid: int | None, method: str, result: Any) -> None:
+        """Called when ``result`` has completed; it is None for a Reply that was dropped unanswered."""
+        if get_thread_ident() != self.hub.thread_ident:
+            self.hub.loop.run_callback_threadsafe(self._answer_deferred, key, msgid, method, result)
+            return
+        exc: BaseException | None = None
+        if self.owner.is_closed:
+            self._counters.dropped_answers += msgid is not None
+        elif result is None:
+            exc = ErrorResponse(DROPPED_REPLY)
+        elif not result.successful():
+            exc = result.exception
+        elif msgid is not None:
+            try:
+                self.out.append(self.encoder.response(msgid, None, result.value))
+            except Exception as packing:
+                exc = packing
+        if isinstance(exc, ErrorResponse) and msgid is not None:
+            self.out.append(self._error_response(msgid, exc.error))
+        elif exc is not None:
+            # Not from here, the hub: it has to be logged.
+            gevent.spawn(self._fail_deferred, key, msgid, method, exc)
+            return
+        del self.deferred[key]
+        self.owner.settle_soon()
+
+    def _fail_deferred(self, key: int, msgid: int | None, method: str, exc: BaseException) -> None:
+        try:
+            self.fail(msgid, method, None, exc)
+        finally:
+            del self.deferred[key]
+            self.owner.settle_soon()
+
+    def _error_response(self, msgid: int, error: Any) -> bytes:
+        try:
+            return self.encoder.response(msgid, error, None)
+        except Exception as exc:
+            # An object that can't be packed, or a text that isn't valid Unicode.
+            text = error if isinstance(error, str) else f"an error that can't be sent: {_text_of(exc)}"
+            return self.encoder.response(msgid, text.encode(errors="backslashreplace").decode(), None)
+
+
+class RequestGreenlet(_Greenlet):
+    """Runs the handlers of one connection's requests, one after the other; only the hub switches into it."""
+
+    __slots__ = ("is_retired", "message", "reply", "requests")
+
+    # Where it was made says nothing, and costs time to find out.
+    spawning_stack_limit = 0
+
+    def __init__(self, requests: Requests) -> None:
+        super().__init__()
+        self.requests = requests
+        #: The message to carry out; None between two requests.
+        self.message: Message | None = None
+        #: Of a handler that takes one.
+        self.reply: weakref.ref[Reply] | None = None
+        #: Set when it is to end after its request.
+        self.is_retired = False
+
+    def _run(self) -> None:
+        requests = self.requests
+        methods, encoder, out, idle = requests.methods, requests.encoder, requests.out, requests.idle
+        owner, hub = requests.owner, requests.hub
+        while True:
+            # Another round for a switch or a throw that was meant for an earlier request.
+            while self.message is None:
+                if self.is_retired:
+                    requests.greenlets.discard(self)
+                    return
+                try:
+                    switch(hub)
+                except GreenletExit:
+                    self.is_retired = True
+                    if self in idle:
+                        idle.remove(self)
+                except BaseException:
+                    continue
+            _, msgid, method, params = self.message
+            try:
+                result = methods[method](*params)
+            except BaseException as exc:
+                self._fail(exc)
+            else:
+                try:
+                    if msgid is not None:
+                        out.append(encoder.response(msgid, None, result))
+                        if len(out[-1]) > _LARGE_ANSWER:
+                            owner.flush()
+                    elif isinstance(result, _DEFERRED):
+                        requests.defer(None, method, result)
+                except BaseException as exc:
+                    # msgpack can't pack what completes later: so nobody has to ask of every result whether it does.
+                    if isinstance(result, _DEFERRED) and not isinstance(exc, GreenletExit):
+                        requests.defer(msgid, method, result)
+                    else:
+                        self._fail(exc)
+            self.message = params = result = None  # They may be large, and this greenlet may rest for long.
+            if not self.is_retired:
+                idle.append(self)
+            if not owner.is_settling:
+                owner.settle_soon()
+
+    def _fail(self, exc: BaseException) -> None:
+        """Answer that the handler of the message raised ``exc``."""
+        assert self.message is not None
+        _, msgid, method, params = self.message
+        # Who is killed shall die, when it has answered.
+        self.is_retired |= isinstance(exc, GreenletExit)
+        try:
+            self.requests.fail(msgid, method, params, exc)
+        except BaseException as log_exc:  # The answer stands by now; the log has failed, or this was killed in it.
+            self.is_retired |= isinstance(log_exc, GreenletExit)
+            if not self.is_retired:
+                self.requests.hub.handle_error(self, *sys.exc_info())
+
+
+def _text_of(exc: BaseException) -> str:
+    """What the peer is told of ``exc``: the name of its type and its message."""
+    try:
+        message = str(exc)
+    except Exception:
+        message = ""
+    return f"{type(exc).__name__}: {message}" if message else type(exc).__name__
+
+
+def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``options`` with a ``default`` hook that never gets to see what completes later."""
+    if (default := options.get("default")) is None:
+        return options
+
+    def default_of_others(obj: Any) -> Any:
+        if isinstance(obj, _DEFERRED):
+            raise TypeError(f"can not serialize {type(obj).__name__!r} object")
+        return default(obj)
+
+    return {**options, "default": default_of_others}
