@@ -1,0 +1,51 @@
+"""MessagePack-RPC for gevent: a server and a client in which every call ends exactly once.
+
+See the README for how to use it, https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md for the protocol.
+"""
+
+from .client import Client, Proxy, mprpc_client
+from .connection import Call, Connection, current_call
+from .exceptions import (
+    AlreadyAnswered,
+    CallCancelled,
+    CallTimeout,
+    ConnectFailed,
+    ConnectionClosed,
+    ErrorResponse,
+    MessageTooLarge,
+    MethodNotFound,
+    ProtocolError,
+    RemoteError,
+    RPCError,
+)
+from .reply import PendingCall, Reply
+from .server import Server, mprpc_server
+from .service import Service
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyAnswered",
+    "Call",
+    "CallCancelled",
+    "CallTimeout",
+    "Client",
+    "ConnectFailed",
+    "Connection",
+    "ConnectionClosed",
+    "ErrorResponse",
+    "MessageTooLarge",
+    "MethodNotFound",
+    "PendingCall",
+    "ProtocolError",
+    "Proxy",
+    "RPCError",
+    "RemoteError",
+    "Reply",
+    "Server",
+    "Service",
+    "__version__",
+    "current_call",
+    "mprpc_client",
+    "mprpc_server",
+]

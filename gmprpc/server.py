@@ -1,0 +1,335 @@
+"""Accepts connections and serves them: the listener, the set of live connections, the graceful stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial, wraps
+from typing import Any, Self
+
+import gevent
+from gevent.event import Event
+from gevent.pool import Group
+from gevent.server import StreamServer
+
+from .connection import Connection, current_call
+from .exceptions import RPCError
+from .methods import Handler
+from .metrics import Counters
+from .options import MAX_CONCURRENCY, SERVER_MAX_MESSAGE_SIZE, ConnectionOptions, check_timeout
+from .service import Registry, Service
+from .transport import (
+    UNIX_HOST,
+    UNIX_PREFIX,
+    PlainStream,
+    Stream,
+    TLSStream,
+    file_identity,
+    format_address,
+    open_listener,
+)
+
+logger = logging.getLogger("gmprpc.server")
+
+Hook = Callable[..., Any]
+
+# How long `stop` waits for connections that it has cut: their greenlets only have to notice.
+_ABORT_TIMEOUT = 1.0
+
+
+class Server(Registry):
+    """A MessagePack-RPC server.
+
+    ``listener`` is what :class:`gevent.server.StreamServer` takes (``(host, port)``, ``"host:port"``, a port, a
+    listening socket), ``"unix:/path"``, or ``"fd://3"`` for a listening descriptor. ``service`` has the methods;
+    without one the server makes its own, and the server's own registration methods go to it either way.
+
+    Hooks run in the greenlet of the connection, ``on_dispatch`` in that of the request:
+
+    * ``on_accept(socket, address)``: before anything is read; False refuses the connection.
+    * ``on_dispatch(connection, message)``: for every request and notification, of unknown methods too; ``message`` is
+      the decoded array. What it raises is the answer.
+    * ``on_error(connection, exc)``, ``on_eof(connection)``: each connection ends with exactly one of them.
+
+    Limits and timeouts (seconds; None is no limit): ``max_message_size`` bytes in one message, ``max_concurrency``
+    requests and notifications in flight on one connection, ``handshake_timeout`` for TLS, ``stop_timeout`` for
+    :meth:`stop`.
+
+    ``packer_options`` and ``unpacker_options`` go to msgpack's Packer and Unpacker; their hooks must not block.
+    ``hide_errors`` answers ``internal error (id)`` in place of what a handler raised; the log has the id too.
+    ``reuse_greenlets=False`` gives each request a fresh greenlet, for code that depends on pristine greenlet-locals.
+    """
+
+    def __init__(
+        self,
+        listener: Any,
+        service: Service | None = None,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        # Hooks
+        on_accept: Hook | None = None,
+        on_dispatch: Hook | None = None,
+        on_error: Hook | None = None,
+        on_eof: Hook | None = None,
+        # Limits
+        max_message_size: int = SERVER_MAX_MESSAGE_SIZE,
+        max_concurrency: int | None = MAX_CONCURRENCY,
+        # Timeouts
+        handshake_timeout: float | None = 10.0,
+        stop_timeout: float | None = 10.0,
+        # Encoding
+        packer_options: Mapping[str, Any] | None = None,
+        unpacker_options: Mapping[str, Any] | None = None,
+        # Requests
+        hide_errors: bool = False,
+        reuse_greenlets: bool = True,
+    ) -> None:
+        check_timeout("handshake_timeout", handshake_timeout)
+        check_timeout("stop_timeout", stop_timeout)
+        #: What can be called.
+        self.service = Service() if service is None else service
+        super().__init__(self.service._methods)
+        #: Seconds that :meth:`stop` gives what is in flight.
+        self.stop_timeout = stop_timeout
+        self._listener = listener
+        self._ssl_context = ssl_context
+        self._on_accept = on_accept
+        self._on_error = on_error
+        self._on_eof = on_eof
+        self._handshake_timeout = handshake_timeout
+        self._options = ConnectionOptions(
+            max_message_size=max_message_size,
+            max_concurrency=max_concurrency,
+            reuse_greenlets=reuse_greenlets,
+            hide_errors=hide_errors,
+            packer_options=packer_options or {},
+            unpacker_options=unpacker_options or {},
+        )
+        # What is off costs nothing: a hook for requests is wrapped around each method as it enters the table.
+        self._table = self.service.table(None if on_dispatch is None else partial(_dispatched, on_dispatch))
+        self._counters = Counters()
+        self._acceptor: StreamServer | None = None
+        self._socket_file: tuple[str, tuple[int, int] | None] | None = None
+        self._connections: set[Connection] = set()
+        self._handlers = Group()
+        self._is_stopping = False
+        self._stopped = Event()
+
+    # Where it listens.
+
+    @property
+    def address(self) -> Any:
+        """Where the server listens: ``(host, port, ...)`` or ``"unix:/path"``; the listener as given until it does."""
+        if self._acceptor is None:
+            return self._listener
+        address = self._acceptor.address
+        return UNIX_PREFIX + address if isinstance(address, str) else address
+
+    @property
+    def server_host(self) -> str | None:
+        """The IP address that the server is bound to; None for a unix socket."""
+        return self.address[0] if isinstance(self.address, tuple) else None
+
+    @property
+    def server_port(self) -> int | None:
+        """The port that the server is bound to, chosen by the system if it was given as 0; None for a unix socket."""
+        return self.address[1] if isinstance(self.address, tuple) else None
+
+    @property
+    def started(self) -> bool:
+        """True while the server accepts connections."""
+        return self._acceptor is not None
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """The connections that are live now."""
+        return frozenset(self._connections)
+
+    def statistics(self) -> dict[str, int]:
+        """What happened since the server was made, and how much is going on now; see :class:`Counters`."""
+        return {
+            **self._counters.snapshot(),
+            "open_connections": len(self._connections),
+            "in_flight": sum(connection.in_flight for connection in self._connections),
+        }
+
+    # Its life.
+
+    def start(self) -> None:
+        """Bind, if an address was given, and accept connections from now on.
+
+        Raises:
+            OSError: the address is in use, say, or not ours to use.
+        """
+        if self._acceptor is not None:
+            return
+        self._is_stopping = False
+        self._stopped.clear()
+        listener = open_listener(self._listener)
+        spawn: Any = self._handlers.spawn  # Not the group: then `stop` would kill it, and its fullness be asked for.
+        acceptor = StreamServer(listener, self._serve, spawn=spawn)
+        acceptor.start()
+        self._acceptor = acceptor
+        if listener is not self._listener and isinstance(acceptor.address, str):
+            self._socket_file = acceptor.address, file_identity(acceptor.address)
+
+    def serve_forever(self, stop_timeout: float | None = None) -> None:
+        """Serve until :meth:`stop` is called, or SIGTERM or SIGINT comes.
+
+        The signals stop gracefully, with ``stop_timeout`` in place of the server's own if it is given; a second SIGINT
+        stops at once. In a thread other than the main one no signal is handled.
+        """
+        timeout = self.stop_timeout if stop_timeout is None else stop_timeout
+        self.start()
+        with ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                for signum in (signal.SIGTERM, signal.SIGINT):
+                    _handle_signal(stack, signum, partial(self._on_signal, signum, timeout))
+            self._stopped.wait()
+
+    def _on_signal(self, signum: int, timeout: float | None) -> None:
+        if self._is_stopping and signum == signal.SIGINT:
+            timeout = 0
+        self.stop(timeout)
+
+    def close(self) -> None:
+        """Close the listener: no new connections. Those that are there live on."""
+        if self._acceptor is None:
+            return
+        acceptor, self._acceptor = self._acceptor, None
+        acceptor.stop_accepting()
+        # Closing the listener resets whoever still waits in its queue; they are served like the others.
+        with suppress(OSError):
+            while accepted := acceptor.do_read():
+                acceptor.do_handle(*accepted)
+        acceptor.close()
+        if self._socket_file is not None:
+            path, identity = self._socket_file
+            self._socket_file = None
+            if identity is not None and file_identity(path) == identity:
+                with suppress(OSError):
+                    os.unlink(path)
+
+    def stop(self, timeout: float | None = None) -> int:
+        """Stop gracefully; returns how many requests were cut.
+
+        Accepting ends at once. Everything that has been received is answered, then each connection is closed. What is
+        still at work after ``timeout`` seconds (by default ``stop_timeout``) is cut. May be called any number of times
+        and from anywhere; a call with a shorter timeout cuts short one that waits. Called by a handler it returns 0 at
+        once, so that the handler's own answer can be waited for.
+        """
+        timeout = self.stop_timeout if timeout is None else timeout
+        if _is_in_handler():
+            gevent.spawn(self.stop, timeout)
+            return 0
+        self._is_stopping = True
+        self.close()
+        for connection in self._connections:
+            connection.finish()
+        cut = 0
+        if not self._handlers.join(timeout):
+            cut = sum(connection.in_flight for connection in self._connections)
+            for connection in list(self._connections):
+                connection.abort()
+            self._handlers.join(_ABORT_TIMEOUT)
+            self._handlers.kill(block=False)
+        if not self._stopped.is_set():
+            self._stopped.set()
+            if cut:
+                logger.warning("stopped; %d requests were cut after %g s", cut, timeout)
+        return cut
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # The life of a connection, in its own greenlet.
+
+    def _serve(self, socket: Any, address: Any) -> None:
+        peer = address or self.address
+        if self._on_accept is not None and self._run_hook(self._on_accept, socket, address, failed=False) is False:
+            return
+        plain = PlainStream(socket)
+        stream: Stream = plain
+        if self._ssl_context is not None:
+            try:
+                stream = self._shake_hands(plain, self._ssl_context)
+            except RPCError as exc:
+                logger.warning("connection with %s: %s", format_address(peer), exc)
+                plain.close()
+                return
+        connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
+        self._connections.add(connection)
+        if self._is_stopping:
+            connection.finish()
+        try:
+            error = connection.run()
+        finally:
+            self._connections.discard(connection)
+        if error is not None and self._on_error is not None:
+            self._run_hook(self._on_error, connection, error)
+        elif error is None and self._on_eof is not None:
+            self._run_hook(self._on_eof, connection)
+
+    def _shake_hands(self, stream: PlainStream, context: ssl.SSLContext) -> TLSStream:
+        tls = TLSStream(stream, context, server_side=True)
+        with gevent.Timeout(self._handshake_timeout, RPCError(f"no TLS handshake in {self._handshake_timeout} s")):
+            tls.handshake()
+        return tls
+
+    def _run_hook(self, hook: Hook, *args: Any, failed: Any = None) -> Any:
+        """What ``hook`` returns; what it raises is logged, and it is as if it had returned ``failed``."""
+        try:
+            return hook(*args)
+        except Exception:
+            logger.exception("the hook %r failed", hook)
+            return failed
+
+
+def mprpc_server(address: str | None, port: int | str, **options: Any) -> Server:
+    """A server on ``address`` and ``port``, in the manner of AnyEvent::MPRPC; ``options`` are :class:`Server`'s.
+
+    With ``"unix/"`` for the address, ``port`` is the path of a unix socket. None binds every IPv4 address.
+    """
+    if address == UNIX_HOST:
+        return Server(f"{UNIX_PREFIX}{port}", **options)
+    return Server((address or "0.0.0.0", int(port)), **options)
+
+
+def _dispatched(on_dispatch: Hook, function: Handler) -> Handler:
+    @wraps(function)
+    def dispatch(*params: Any) -> Any:
+        call = current_call()
+        on_dispatch(call.connection, call.message)
+        return function(*params)
+
+    return dispatch
+
+
+def _is_in_handler() -> bool:
+    try:
+        current_call()
+    except LookupError:
+        return False
+    return True
+
+
+def _handle_signal(stack: ExitStack, signum: int, handler: Callable[[], Any]) -> None:
+    """Have ``handler`` called, in a greenlet, for each ``signum``, until ``stack`` is closed."""
+    before = signal.getsignal(signum)
+    watcher = gevent.signal_handler(signum, handler)
+
+    def restore() -> None:
+        watcher.cancel()
+        # The loop leaves the system's own disposition behind, which would end the process.
+        signal.signal(signum, before)
+
+    stack.callback(restore)

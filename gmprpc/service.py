@@ -1,0 +1,149 @@
+"""A table of methods that can serve a socket, without a listener of its own."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import Parameter
+from types import MappingProxyType
+from typing import Any, TypeVar, overload
+
+from .connection import Connection, current_call, current_reply
+from .methods import Handler, Methods, MethodTable, Wrapper
+from .metrics import Counters
+from .options import ConnectionOptions
+from .transport import PlainStream
+
+logger = logging.getLogger("gmprpc.service")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Registry:
+    """The ways to register a method, the same on a :class:`Service` and on a :class:`~gmprpc.Server`."""
+
+    def __init__(self, methods: Methods) -> None:
+        self._methods = methods
+
+    @overload
+    def method(self, function: F, /) -> F: ...
+
+    @overload
+    def method(self, /, *, name: str | None = None, deferred: bool = False) -> Callable[[F], F]: ...
+
+    def method(self, function: F | None = None, /, *, name: str | None = None, deferred: bool = False) -> Any:
+        """Register the decorated function, which stays what it is.
+
+        Bare (``@service.method``) or with keywords: ``name`` is the method's name, by default the function's; with
+        ``deferred`` the function is called like one of :meth:`reg_cb`'s.
+        """
+
+        def register(function: F) -> F:
+            self.register(function, name, deferred=deferred)
+            return function
+
+        return register if function is None else register(function)
+
+    def register(self, function: Handler, name: str | None = None, *, deferred: bool = False) -> None:
+        """Register ``function`` as the method ``name``, by default under its own name.
+
+        It is called with the params, in a greenlet of its own, and may block. What it returns is the result; a Reply,
+        an AsyncResult or a Greenlet that it returns is waited for, without keeping the greenlet. What it raises is the
+        error. A name that is registered already is registered anew, at once on live connections too.
+
+        Raises:
+            TypeError: ``function`` isn't callable, or has no name and none is given.
+            ValueError: the name is empty, not Unicode, or begins with ``$/``.
+        """
+        if deferred:
+            name = name or getattr(function, "__name__", None)
+            function = _deferred(function)
+        self._methods.add(function, name)
+
+    def register_object(self, obj: object, prefix: str = "") -> None:
+        """Register the public methods of ``obj``'s own class, each as ``prefix`` + its name.
+
+        They are listed once, now: no inherited ones, none that begin with an underscore, no attributes or properties.
+        """
+        self._methods.add_object(obj, prefix)
+
+    def reg_cb(self, **callbacks: Handler) -> None:
+        """Register callbacks in the style of AnyEvent::MPRPC: ``callback(reply, *params)`` under each keyword's name.
+
+        ``reply`` is a :class:`Reply`, to be answered now or later, from anywhere; None for a notification. What the
+        callback returns doesn't matter; what it raises is the error, unless the reply has been answered.
+        """
+        for name, callback in callbacks.items():
+            self.register(callback, name, deferred=True)
+
+    def unregister(self, name: str) -> None:
+        """Forget the method ``name``, at once on live connections too; raises KeyError if there is none."""
+        self._methods.remove(name)
+
+    @property
+    def methods(self) -> Mapping[str, Handler]:
+        """The registered functions by name; a live view that can't be written to."""
+        return MappingProxyType(self._methods)
+
+
+class Service(Registry):
+    """Methods that can be called over a connection.
+
+    Give it to a :class:`~gmprpc.Server`, to a :class:`~gmprpc.Client` whose server calls back, or, since it can be
+    called with a socket, to a plain :class:`gevent.server.StreamServer`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Methods())
+        self._own_table = self.table()
+        self._counters = Counters()
+
+    def table(self, wrap: Wrapper | None = None) -> MethodTable:
+        """A live table of the methods for connections; ``wrap`` gives what is called in place of each."""
+        return self._methods.table(wrap)
+
+    def __call__(self, socket: Any, address: Any) -> None:
+        """Serve ``socket`` until its peer is done and everything is answered; blocks this greenlet, takes the socket.
+
+        Raises:
+            TypeError: this is called as a WSGI application, or with a TLS socket.
+        """
+        if callable(address):
+            raise TypeError(
+                "a gmprpc service speaks MessagePack-RPC, not HTTP: run it with `gmprpc serve`, or with gunicorn's "
+                "`-k gmprpc.gunicorn.Worker`"
+            )
+        connection = Connection(
+            PlainStream(socket), self._own_table, ConnectionOptions(), counters=self._counters, peer=address
+        )
+        connection.run()
+
+
+def _deferred(callback: Handler) -> Handler:
+    """The plain function that does what ``callback(reply, *params)`` does."""
+
+    @wraps(callback)
+    def call_back(*params: Any) -> Any:
+        reply = current_reply()
+        try:
+            callback(reply, *params)
+        except BaseException:
+            if reply is None or not reply.answered():
+                raise
+            logger.exception("%s raised after it had answered", current_call().method)
+        if reply is None:
+            return None
+        # Answered on the spot: then there is nothing to wait for.
+        return reply.value if reply.successful() else reply
+
+    try:
+        signature = inspect.signature(callback)
+    except (TypeError, ValueError):
+        return call_back
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
+        # The caller's view: the reply is none of the params.
+        call_back.__signature__ = signature.replace(parameters=parameters[1:])  # type: ignore[attr-defined]
+    return call_back
