@@ -1,0 +1,83 @@
+"""Fixtures that any test may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import pytest
+from gevent.event import Event
+
+import gmprpc
+
+from .helpers import Peer
+
+
+@pytest.fixture(autouse=True)
+def _deadline() -> Iterator[None]:
+    """A test that waits for what never happens fails, instead of waiting for ever."""
+    with gevent.Timeout(30):
+        yield
+
+
+@pytest.fixture
+def service() -> gmprpc.Service:
+    """``echo``, ``add``, ``fail``, and ``hold``, which answers with its param when ``release`` is called."""
+    service = gmprpc.Service()
+    released = Event()
+
+    @service.method
+    def echo(value: Any) -> Any:
+        return value
+
+    @service.method
+    def add(a: Any, b: Any) -> Any:
+        return a + b
+
+    @service.method
+    def fail(message: str) -> None:
+        raise ValueError(message)
+
+    @service.method
+    def hold(value: Any) -> Any:
+        released.wait()
+        return value
+
+    @service.method
+    def release() -> None:
+        released.set()
+
+    return service
+
+
+@pytest.fixture
+def server(service: gmprpc.Service) -> Iterator[gmprpc.Server]:
+    """A server of ``service`` on a port of its own."""
+    with gmprpc.Server(("127.0.0.1", 0), service) as server:
+        yield server
+
+
+@pytest.fixture
+def peer(server: gmprpc.Server) -> Iterator[Peer]:
+    """A connection to ``server`` that says and hears what the test wants, byte by byte."""
+    with Peer.connect(server.address) as peer:
+        yield peer
+
+
+@pytest.fixture
+def bystander(server: gmprpc.Server) -> Iterator[Peer]:
+    """Another connection, with a call in flight all along; at the end it must still be answered."""
+    with Peer.connect(server.address) as bystander:
+        bystander.send([0, 77, "hold", ["still here"]])
+        yield bystander
+        bystander.send([0, 78, "release", []])
+        answers = sorted([bystander.receive(), bystander.receive()])
+        assert answers == [[1, 77, None, "still here"], [1, 78, None, None]]
+
+
+@pytest.fixture
+def client(server: gmprpc.Server) -> Iterator[gmprpc.Client]:
+    """A client of ``server``, connected."""
+    with gmprpc.Client(server.address) as client:
+        yield client

@@ -1,0 +1,84 @@
+"""What tests of connections share: a peer that is scripted with bytes, and ways to wait without waiting for time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import gevent
+import msgpack
+from gevent import socket
+
+
+class Peer:
+    """One end of a stream that knows nothing of gmprpc: it says what it is told to, and shows what it hears."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=0)
+
+    @classmethod
+    def connect(cls, address: Any) -> Self:
+        """A peer connected to ``address``, as a server's ``address`` gives it."""
+        if isinstance(address, str):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.connect(address.removeprefix("unix:"))
+            return cls(sock)
+        return cls(socket.create_connection(address[:2]))
+
+    def send(self, *messages: Any) -> None:
+        """Send each message, all in one piece."""
+        self.send_bytes(b"".join(map(msgpack.packb, messages)))
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send ``data`` as it is."""
+        self.socket.sendall(data)
+
+    def receive(self) -> Any:
+        """The next message; EOFError if the stream ends first."""
+        for message in self._messages():
+            return message
+        raise EOFError
+
+    def receive_rest(self) -> list[Any]:
+        """Every message up to the end of the stream, which has to be a proper one."""
+        return list(self._messages())
+
+    def call(self, method: str, *params: Any, msgid: int = 0) -> Any:
+        """The response to one request."""
+        self.send([0, msgid, method, list(params)])
+        return self.receive()
+
+    def shutdown(self) -> None:
+        """Say no more, but still listen."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close."""
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _messages(self) -> Iterator[Any]:
+        while True:
+            yield from self._unpacker
+            if not (data := self.socket.recv(65536)):
+                return
+            self._unpacker.feed(data)
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Let everything else run until ``condition`` is true: for what gives no event; the test's deadline ends it."""
+    while not condition():
+        gevent.sleep(0.001)
+
+
+def collected() -> None:
+    """Collect what is only held by cycles."""
+    for _ in range(3):
+        gc.collect()
