@@ -117,6 +117,7 @@ class Server(Registry):
         self._socket_file: tuple[str, tuple[int, int] | None] | None = None
         self._connections: set[Connection] = set()
         self._handlers = Group()
+        self._handshakes: set[Any] = set()  # Those of the greenlets that have no connection yet.
         self._is_stopping = False
         self._stopped = Event()
 
@@ -175,7 +176,7 @@ class Server(Registry):
         acceptor = StreamServer(listener, self._serve, spawn=spawn)
         acceptor.start()
         self._acceptor = acceptor
-        if listener is not self._listener and isinstance(acceptor.address, str):
+        if isinstance(acceptor.address, str) and listener is not self._listener:
             self._socket_file = acceptor.address, file_identity(acceptor.address)
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
@@ -229,6 +230,7 @@ class Server(Registry):
             return 0
         self._is_stopping = True
         self.close()
+        gevent.killall(self._handshakes, block=False)  # Nothing has been received.
         for connection in self._connections:
             connection.finish()
         cut = 0
@@ -263,9 +265,12 @@ class Server(Registry):
             try:
                 stream = self._shake_hands(plain, self._ssl_context)
             except RPCError as exc:
-                logger.warning("connection with %s: %s", format_address(peer), exc)
                 plain.close()
+                logger.warning("connection with %s: %s", format_address(peer), exc)
                 return
+            except BaseException:  # Killed by `stop`.
+                plain.close()
+                raise
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
         self._connections.add(connection)
         if self._is_stopping:
@@ -281,8 +286,13 @@ class Server(Registry):
 
     def _shake_hands(self, stream: PlainStream, context: ssl.SSLContext) -> TLSStream:
         tls = TLSStream(stream, context, server_side=True)
-        with gevent.Timeout(self._handshake_timeout, RPCError(f"no TLS handshake in {self._handshake_timeout} s")):
-            tls.handshake()
+        late = RPCError(f"no TLS handshake within {self._handshake_timeout} s")
+        self._handshakes.add(gevent.getcurrent())
+        try:
+            with gevent.Timeout(self._handshake_timeout, late):
+                tls.handshake()
+        finally:
+            self._handshakes.discard(gevent.getcurrent())
         return tls
 
     def _run_hook(self, hook: Hook, *args: Any, failed: Any = None) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import gevent
 from gevent import monkey, socket
+from gevent.baseserver import parse_address as parse_listener  # type: ignore[attr-defined]  # The stubs forgot it.
 from gevent.socket import wait_read, wait_write
 
 from .exceptions import ConnectFailed, ConnectionClosed
@@ -27,6 +28,9 @@ UNIX_PREFIX = "unix:"
 FD_PREFIX = "fd://"
 #: How AnyEvent says that a port is the path of a unix socket.
 UNIX_HOST = "unix/"
+
+# How many connections may wait to be accepted: gunicorn's number.
+_BACKLOG = 2048
 
 # What a TLS record can hold.
 _RECORD_SIZE = 16 * 1024
@@ -303,36 +307,41 @@ def connect(address: Any, before_connect: Callable[[socket.socket], Any] | None 
 
 
 def open_listener(listener: Any) -> Any:
-    """What :class:`gevent.server.StreamServer` takes for ``listener``: a socket where it knows no such address.
+    """The listening socket that ``listener`` stands for.
 
-    ``"unix:/path"`` binds a unix socket, ``"fd://3"`` takes over a listening descriptor, as from systemd; every form of
-    gevent's is handed through.
+    That is every form which :class:`gevent.server.StreamServer` takes, ``"unix:/path"``, and ``"fd://3"``, which takes
+    over a listening descriptor, as from systemd. A socket is handed through.
 
     Raises:
         OSError: it can't be bound.
+        ValueError: it is no address.
     """
+    if hasattr(listener, "accept"):
+        return listener
     if isinstance(listener, str) and listener.startswith(UNIX_PREFIX):
-        return _listen_unix(listener.removeprefix(UNIX_PREFIX))
+        path = listener.removeprefix(UNIX_PREFIX)
+        remove_stale(path)
+        return _listen(socket.AF_UNIX, path)
     if isinstance(listener, str) and listener.startswith(FD_PREFIX):
         number = listener.removeprefix(FD_PREFIX)
         if not number.isdigit():
             raise ValueError(f"{listener!r}: give the number of a listening descriptor, as in fd://3")
-        sock = socket.socket(fileno=int(number))
-        sock.setblocking(False)
-        return sock
-    return listener
+        return socket.socket(fileno=int(number))
+    family, address = parse_listener(listener)
+    return _listen(family, address)
 
 
-def _listen_unix(path: str) -> socket.socket:
-    remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listen(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.bind(path)
-        sock.listen(128)  # as gevent's StreamServer
+        if family != socket.AF_UNIX:
+            # After a restart the port is ours again at once, as with gevent's StreamServer.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
         raise
-    sock.setblocking(False)
     return sock
 
 
