@@ -1,0 +1,401 @@
+"""How a request is carried out: its greenlet, what it may do, how its answer comes."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import weakref
+from typing import Any
+
+import gevent
+import pytest
+from gevent.event import AsyncResult, Event
+from gevent.threadpool import ThreadPool
+
+import gmprpc
+
+from .helpers import Peer, collected, wait_until
+
+
+def test_a_handler_that_blocks_delays_no_other_request(peer: Peer) -> None:
+    peer.send([0, 1, "hold", ["slow"]], [0, 2, "echo", ["quick"]])
+    assert peer.receive() == [1, 2, None, "quick"]
+    assert peer.call("release", msgid=3) == [1, 3, None, None]
+    assert peer.receive() == [1, 1, None, "slow"]
+
+
+def test_requests_begin_in_the_order_in_which_they_came(service: gmprpc.Service, peer: Peer) -> None:
+    begun: list[int] = []
+
+    @service.method
+    def work(number: int) -> None:
+        begun.append(number)
+        gevent.sleep(0.001 if number % 2 else 0)
+
+    peer.send(*([0, number, "work", [number]] for number in range(100)))
+    for _ in range(100):
+        peer.receive()
+    assert begun == list(range(100))
+
+
+def test_a_greenlet_that_has_finished_is_used_again_on_its_connection_only(
+    service: gmprpc.Service, server: gmprpc.Server, peer: Peer
+) -> None:
+    used: list[Any] = []
+    service.register(lambda: used.append(gevent.getcurrent()), "note")
+    for _ in range(3):
+        peer.call("note")
+    with Peer.connect(server.address) as other:
+        other.call("note")
+    assert used[0] is used[1] is used[2]
+    assert used[3] is not used[0]
+    assert isinstance(used[0], gevent.Greenlet)
+
+
+def test_without_reuse_every_request_has_a_fresh_greenlet(service: gmprpc.Service) -> None:
+    used: list[Any] = []
+    service.register(lambda: used.append(gevent.getcurrent()), "note")
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, reuse_greenlets=False) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        for _ in range(3):
+            peer.call("note")
+        wait_until(lambda: all(greenlet.dead for greenlet in used))
+        assert len(set(used)) == 3
+        assert server.statistics()["in_flight"] == 0
+
+
+def test_every_request_starts_in_a_fresh_context(service: gmprpc.Service, peer: Peer) -> None:
+    variable = contextvars.ContextVar("variable", default="pristine")
+
+    @service.method
+    def leave_a_trace() -> str:
+        before = variable.get()
+        variable.set("trace")
+        return before
+
+    assert [peer.call("leave_a_trace")[3] for _ in range(3)] == ["pristine"] * 3
+
+
+def test_what_is_meant_for_an_earlier_request_doesnt_disturb_an_idle_greenlet(
+    service: gmprpc.Service, peer: Peer
+) -> None:
+    used: list[Any] = []
+    service.register(lambda: used.append(gevent.getcurrent()), "note")
+    peer.call("note")
+    loop = gevent.get_hub().loop
+    for stray in (used[0].switch, used[0].throw):
+        loop.run_callback(stray, *([ValueError("stray")] if stray == used[0].throw else ["stray"]))
+        gevent.sleep(0)
+        assert peer.call("note", msgid=1) == [1, 1, None, None]
+    assert used[0] is used[1] is used[2]
+
+
+def test_a_greenlet_that_is_killed_answers_an_error_and_ends(service: gmprpc.Service, peer: Peer) -> None:
+    used: list[Any] = []
+
+    @service.method
+    def wait() -> None:
+        used.append(gevent.getcurrent())
+        gevent.sleep(1000)
+
+    peer.send([0, 1, "wait", []])
+    wait_until(lambda: used)
+    used[0].kill()
+    assert used[0].dead
+    assert peer.receive() == [1, 1, "GreenletExit", None]
+    assert peer.call("echo", 1) == [1, 0, None, 1]
+
+
+def test_an_idle_greenlet_that_is_killed_ends_and_takes_no_request_along(service: gmprpc.Service, peer: Peer) -> None:
+    used: list[Any] = []
+    service.register(lambda: used.append(gevent.getcurrent()), "note")
+    peer.call("note")
+    used[0].kill()
+    assert used[0].dead
+    peer.call("note")
+    assert used[1] is not used[0]
+
+
+def test_a_connection_that_goes_quiet_gives_greenlets_back(
+    service: gmprpc.Service, server: gmprpc.Server, peer: Peer
+) -> None:
+    used: set[Any] = set()
+    go = Event()
+
+    @service.method
+    def wait() -> None:
+        used.add(gevent.getcurrent())
+        go.wait()
+
+    peer.send(*([0, number, "wait", []] for number in range(50)))
+    wait_until(lambda: len(used) == 50)
+    go.set()
+    for _ in range(50):
+        peer.receive()
+    wait_until(lambda: sum(greenlet.dead for greenlet in used) == 49)
+    assert peer.call("echo", "awake")[3] == "awake"
+
+
+def test_what_a_request_held_is_not_kept_alive_by_its_greenlet(service: gmprpc.Service, peer: Peer) -> None:
+    class Thing(list[Any]):
+        pass
+
+    things: list[weakref.ref[Thing]] = []
+
+    @service.method
+    def give() -> Thing:
+        thing = Thing()
+        things.append(weakref.ref(thing))
+        return thing
+
+    assert peer.call("give") == [1, 0, None, []]
+    collected()
+    assert things[0]() is None
+
+
+def test_the_current_call_tells_who_calls_what(service: gmprpc.Service, server: gmprpc.Server, peer: Peer) -> None:
+    calls: list[gmprpc.Call] = []
+    outside: list[Exception] = []
+
+    def look() -> None:
+        try:
+            gmprpc.current_call()
+        except LookupError as exc:
+            outside.append(exc)
+
+    @service.method(name="who.is")
+    def who(_: int) -> None:
+        calls.append(gmprpc.current_call())
+        gevent.spawn(look).join()
+
+    peer.call("who.is", 5, msgid=9)
+    peer.send([2, "who.is", [6]])
+    peer.call("echo", 1)
+    request, notification = calls
+    assert (request.method, request.msgid, request.peer) == ("who.is", 9, peer.socket.getsockname())
+    assert request.message == [0, 9, "who.is", [5]]
+    assert (notification.msgid, notification.message[3]) == (None, [6])
+    assert request.connection in server.connections
+    assert len(outside) == 2
+    with pytest.raises(LookupError):
+        gmprpc.current_call()
+
+
+# Answers that come later.
+
+
+@pytest.mark.parametrize("make", [gmprpc.Reply, AsyncResult])
+def test_a_function_may_return_what_completes_later(service: gmprpc.Service, peer: Peer, make: Any) -> None:
+    made: list[Any] = []
+
+    @service.method
+    def later(value: str) -> Any:
+        made.append(make())
+        return made[-1]
+
+    peer.send([0, 1, "later", ["a"]], [0, 2, "later", ["b"]], [0, 3, "later", ["c"]])
+    wait_until(lambda: len(made) == 3)
+    made[1].set("second")
+    assert peer.receive() == [1, 2, None, "second"]
+    made[0].set_exception(ValueError("first"))
+    assert peer.receive() == [1, 1, "ValueError: first", None]
+    made[2].set(object())
+    assert peer.receive() == [1, 3, "TypeError: can not serialize 'object' object", None]
+
+
+def test_a_function_may_return_a_greenlet(service: gmprpc.Service, peer: Peer) -> None:
+    def work(value: int) -> int:
+        gevent.sleep(0)
+        return 10 // value
+
+    service.register(lambda value: gevent.spawn(work, value), "work")
+    assert peer.call("work", 5) == [1, 0, None, 2]
+    assert peer.call("work", 0)[2] == "ZeroDivisionError: integer division or modulo by zero"
+
+
+def test_a_function_may_return_what_has_completed(service: gmprpc.Service, peer: Peer) -> None:
+    done: AsyncResult[str] = AsyncResult()
+    done.set("done")
+    service.register(lambda: done, "done")
+    assert peer.call("done") == [1, 0, None, "done"]
+
+
+def test_what_completes_later_is_never_given_to_a_default_hook(service: gmprpc.Service) -> None:
+    later: AsyncResult[object] = AsyncResult()
+    service.register(lambda: later, "later")
+    service.register(lambda: [later], "within")
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, packer_options={"default": str}) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        assert peer.call("within")[2].startswith("TypeError: can not serialize")
+        peer.send([0, 1, "later", []])
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        later.set(frozenset())
+        assert peer.receive() == [1, 1, None, "frozenset()"]
+
+
+def test_a_type_error_that_comes_later_isnt_mistaken_for_wrong_params(service: gmprpc.Service, peer: Peer) -> None:
+    service.reg_cb(later=lambda reply, a: gevent.spawn(reply.set_exception, TypeError("later")))
+    assert peer.call("later", 1) == [1, 0, "TypeError: later", None]
+
+
+def test_a_reply_that_is_dropped_unanswered_is_an_error_answer(service: gmprpc.Service, peer: Peer) -> None:
+    service.register(lambda: gmprpc.Reply(), "drop")
+    service.reg_cb(forget=lambda reply: None)
+    assert peer.call("drop") == [1, 0, "the reply was dropped unanswered", None]
+    assert peer.call("forget") == [1, 0, "the reply was dropped unanswered", None]
+
+
+def test_a_reply_may_be_answered_from_a_native_thread(service: gmprpc.Service, peer: Peer) -> None:
+    pool = ThreadPool(2)
+    service.reg_cb(compute=lambda reply, value: pool.spawn(reply.result, value * 2))
+    service.reg_cb(refuse=lambda reply: pool.spawn(reply.error, "no"))
+    assert peer.call("compute", 21) == [1, 0, None, 42]
+    assert peer.call("refuse") == [1, 0, "no", None]
+    pool.kill()
+
+
+def test_a_reply_that_is_answered_twice_keeps_its_first_answer(service: gmprpc.Service, peer: Peer) -> None:
+    raised: list[BaseException] = []
+
+    def twice(reply: gmprpc.Reply, first: str, second: str) -> None:
+        getattr(reply, first)("first")
+        with pytest.raises(gmprpc.AlreadyAnswered) as caught:
+            getattr(reply, second)("second")
+        raised.append(caught.value)
+
+    service.reg_cb(twice=twice)
+    assert peer.call("twice", "result", "error") == [1, 0, None, "first"]
+    assert peer.call("twice", "error", "result") == [1, 0, "first", None]
+    assert peer.call("echo", "next") == [1, 0, None, "next"]
+    assert len(raised) == 2
+
+
+def test_a_callback_that_raises_after_its_answer_has_answered(
+    service: gmprpc.Service, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def callback(reply: gmprpc.Reply) -> None:
+        reply.result("answer")
+        raise ValueError("afterwards")
+
+    service.reg_cb(callback=callback)
+    assert peer.call("callback") == [1, 0, None, "answer"]
+    assert "ValueError: afterwards" in caplog.text
+
+
+def test_a_callback_that_raises_before_its_answer_answers_that(service: gmprpc.Service, peer: Peer) -> None:
+    kept: list[gmprpc.Reply] = []
+
+    def callback(reply: gmprpc.Reply) -> None:
+        kept.append(reply)
+        raise ValueError("instead")
+
+    service.reg_cb(callback=callback)
+    assert peer.call("callback") == [1, 0, "ValueError: instead", None]
+    kept[0].result("too late")
+    assert peer.call("echo", "next") == [1, 0, None, "next"]
+
+
+def test_the_loss_of_the_connection_cancels_replies_even_while_the_callback_runs(
+    service: gmprpc.Service, server: gmprpc.Server
+) -> None:
+    told: list[str] = []
+    begun, go = Event(), Event()
+
+    def callback(reply: gmprpc.Reply) -> None:
+        reply.on_cancel(lambda: told.append("told"))
+        begun.set()
+        go.wait()
+        told.append(f"cancelled: {reply.cancelled()}")
+
+    service.reg_cb(callback=callback)
+    peer = Peer.connect(server.address)
+    peer.send([0, 1, "callback", []])
+    begun.wait()
+    (connection,) = server.connections
+    connection.abort()
+    wait_until(lambda: told)
+    go.set()
+    wait_until(lambda: len(told) == 2)
+    assert told == ["told", "cancelled: True"]
+    peer.close()
+
+
+# Errors.
+
+
+def test_an_error_response_answers_with_exactly_its_object(
+    service: gmprpc.Service, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    @service.method
+    def refuse(error: Any) -> None:
+        raise gmprpc.ErrorResponse(error)
+
+    for error in ("no", 0, False, "", {"code": 5}, [1, 2]):
+        assert peer.call("refuse", error) == [1, 0, error, None]
+    assert not caplog.records
+    assert peer.call("refuse", None)[2].startswith("ValueError: ")
+
+
+def test_an_error_response_that_cant_be_packed_is_still_an_error(service: gmprpc.Service, peer: Peer) -> None:
+    @service.method
+    def refuse() -> None:
+        raise gmprpc.ErrorResponse(object())
+
+    assert peer.call("refuse")[2] == "an error that can't be sent: TypeError: can not serialize 'object' object"
+
+
+def test_a_fault_is_logged_with_traceback_method_msgid_and_peer_and_without_params(
+    peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert peer.call("fail", "oops", msgid=7) == [1, 7, "ValueError: oops", None]
+    (record,) = caplog.records
+    port = peer.socket.getsockname()[1]
+    assert record.getMessage() == f"request 7 of fail from 127.0.0.1:{port} failed"
+    assert record.exc_info is not None
+    assert record.name == "gmprpc.connection"
+
+
+def test_hidden_errors_tell_the_peer_an_id_that_the_log_has_too(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, hide_errors=True) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        error = peer.call("fail", "secret")[2]
+        assert error.startswith("internal error (")
+        assert error.removeprefix("internal error ") in caplog.records[0].getMessage()
+        # What is not a fault of the handler isn't hidden.
+        assert peer.call("nosuch")[2] == 'No such method "nosuch" found'
+        assert peer.call("add", 1)[2].startswith("wrong params for add(a, b)")
+
+
+class Stubborn(logging.Handler):
+    """A log that can't be written to, and says so."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("no space left on device")
+
+
+def test_a_log_that_fails_costs_no_answer(peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = Stubborn()
+    logging.getLogger("gmprpc").addHandler(handler)
+    try:
+        assert peer.call("fail", "oops") == [1, 0, "ValueError: oops", None]
+        assert peer.call("echo", "next") == [1, 0, None, "next"]
+    finally:
+        logging.getLogger("gmprpc").removeHandler(handler)
+    assert "no space left on device" in capsys.readouterr().err
+
+
+def test_recursion_to_the_limit_is_an_error_answer(service: gmprpc.Service, peer: Peer) -> None:
+    @service.method
+    def recurse() -> None:
+        recurse()
+
+    assert peer.call("recurse")[2].startswith("RecursionError: maximum recursion depth exceeded")
+    assert peer.call("echo", "next") == [1, 0, None, "next"]
