@@ -1,0 +1,573 @@
+"""The life of a server and its connections: listening, hooks, the graceful stop; what AnyEvent::MPRPC::Server does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+import trustme
+from gevent import socket
+from gevent.event import Event
+from gevent.server import StreamServer
+from gevent.threadpool import ThreadPool
+
+import gmprpc
+
+from .helpers import Peer, wait_until
+
+# Listening.
+
+
+def serve_once(server: gmprpc.Server) -> None:
+    with server, Peer.connect(server.address) as peer:
+        assert peer.call("echo", "hello") == [1, 0, None, "hello"]
+
+
+def test_it_listens_on_a_host_and_port(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    assert not server.started
+    assert server.address == ("127.0.0.1", 0)
+    server.start()
+    assert server.started
+    assert (server.server_host, server.server_port) == server.address
+    assert server.server_port != 0
+    server.start()  # Once more does nothing.
+    serve_once(server)
+    assert not server.started
+
+
+@pytest.mark.parametrize("listener", ["127.0.0.1:0", "localhost:0", ("localhost", 0), ["127.0.0.1", 0]])
+def test_it_listens_on_every_form_of_address(service: gmprpc.Service, listener: Any) -> None:
+    serve_once(gmprpc.Server(tuple(listener) if isinstance(listener, list) else listener, service))
+
+
+def test_it_listens_on_a_socket(service: gmprpc.Service) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    serve_once(gmprpc.Server(listener, service))
+    listener.close()
+
+
+def test_it_listens_on_a_descriptor(service: gmprpc.Service) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = gmprpc.Server(f"fd://{os.dup(listener.fileno())}", service)
+    listener.close()
+    serve_once(server)
+
+
+def test_it_listens_on_a_unix_socket_and_removes_its_file(service: gmprpc.Service, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    peers: list[Any] = []
+    service.register(lambda: peers.append(gmprpc.current_call().peer), "who")
+    server = gmprpc.Server(f"unix:{path}", service)
+    with server, Peer.connect(server.address) as peer:
+        assert server.address == f"unix:{path}"
+        assert server.server_port is None
+        peer.call("who")
+    assert peers == [f"unix:{path}"]
+    assert not path.exists()
+    serve_once(server)
+
+
+def test_a_stale_unix_socket_is_replaced_and_a_live_one_refused(service: gmprpc.Service, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    with gmprpc.Server(f"unix:{path}", service) as server:
+        with pytest.raises(OSError, match="another server listens there"):
+            gmprpc.Server(f"unix:{path}").start()
+        with Peer.connect(server.address) as peer:
+            assert peer.call("echo", 1)[3] == 1
+        # A file that isn't ours any more stays.
+        path.unlink()
+        path.write_text("somebody else's")
+    assert path.read_text() == "somebody else's"
+
+
+def test_a_port_in_use_is_an_os_error_and_leaves_the_server_as_it_was(server: gmprpc.Server) -> None:
+    other = gmprpc.Server(server.address)
+    with pytest.raises(OSError):
+        other.start()
+    assert not other.started
+    other.stop()
+
+
+def test_a_server_may_be_started_again(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    serve_once(server)
+    serve_once(server)
+
+
+def test_a_plain_stream_server_can_run_a_service(service: gmprpc.Service) -> None:
+    server = StreamServer(("127.0.0.1", 0), service)
+    server.start()
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "hold", ["late"]], [0, 2, "release", []])
+        peer.shutdown()
+        assert sorted(peer.receive_rest()) == [[1, 1, None, "late"], [1, 2, None, None]]
+    server.stop()
+
+
+def test_a_service_that_is_called_as_wsgi_says_what_to_do(service: gmprpc.Service) -> None:
+    with pytest.raises(TypeError, match=r"gmprpc\.gunicorn\.Worker"):
+        service({"REQUEST_METHOD": "GET"}, lambda *args: None)
+
+
+def test_methods_may_be_registered_and_forgotten_while_connections_live(server: gmprpc.Server, peer: Peer) -> None:
+    assert peer.call("new")[2] is not None
+    server.register(lambda: "first", "new")
+    assert peer.call("new") == [1, 0, None, "first"]
+    server.method(name="new")(lambda: "second")
+    assert peer.call("new") == [1, 0, None, "second"]
+    server.unregister("new")
+    assert peer.call("new")[2] == 'No such method "new" found'
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_message_size": 0},
+        {"max_message_size": "1"},
+        {"max_concurrency": 0},
+        {"stop_timeout": -1},
+        {"handshake_timeout": -1},
+        {"unpacker_options": {"max_buffer_size": 1}},
+        {"unpacker_options": {"list_hook": tuple}},
+        {"packer_options": {"autoreset": False}},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        gmprpc.Server(("127.0.0.1", 0), **options)
+
+
+def test_packer_and_unpacker_options_reach_msgpack(service: gmprpc.Service) -> None:
+    options: dict[str, Any] = {"packer_options": {"use_bin_type": False}, "unpacker_options": {"raw": True}}
+    with gmprpc.Server(("127.0.0.1", 0), service, **options) as server, Peer.connect(server.address) as peer:
+        # Not UTF-8: what peers send that are older than MessagePack's str and bin.
+        peer.send_bytes(b"\x94\x00\x01\xa4echo\x91\xa2\xff\xfe")
+        assert peer.socket.recv(100) == b"\x94\x01\x01\xc0\xa2\xff\xfe"
+
+
+# Hooks.
+
+
+def test_on_accept_sees_the_socket_and_may_refuse_it(service: gmprpc.Service) -> None:
+    seen: list[Any] = []
+
+    def on_accept(sock: socket.socket, address: Any) -> bool:
+        seen.append((sock.getpeername(), address))
+        return len(seen) > 1
+
+    with gmprpc.Server(("127.0.0.1", 0), service, on_accept=on_accept) as server:
+        with Peer.connect(server.address) as refused:
+            assert refused.receive_rest() == []
+            assert seen == [(refused.socket.getsockname(),) * 2]
+        with Peer.connect(server.address) as taken:
+            assert taken.call("echo", 1) == [1, 0, None, 1]
+        assert server.statistics()["connections"] == 1
+
+
+def test_an_on_accept_that_fails_refuses_and_is_logged(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, on_accept=lambda *_: 1 / 0) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        assert peer.receive_rest() == []
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_on_dispatch_sees_every_request_and_notification_and_may_answer_an_error(service: gmprpc.Service) -> None:
+    seen: list[Any] = []
+
+    def on_dispatch(connection: gmprpc.Connection, message: Any) -> None:
+        seen.append(list(message))
+        assert connection in server.connections
+        if message[2] == "forbidden":
+            raise gmprpc.ErrorResponse("not you")
+
+    service.register(lambda: "secret", "forbidden")
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, on_dispatch=on_dispatch) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        assert peer.call("echo", 1, msgid=1) == [1, 1, None, 1]
+        assert peer.call("nosuch", 2, msgid=2) == [1, 2, 'No such method "nosuch" found', None]
+        peer.send([2, "echo", [3]])
+        assert peer.call("forbidden", msgid=4) == [1, 4, "not you", None]
+        assert peer.call("add", 1, msgid=5)[2].startswith("wrong params for add(a, b)")
+        service.register(lambda: "new", "new")
+        assert peer.call("new", msgid=6) == [1, 6, None, "new"]
+    assert seen == [
+        [0, 1, "echo", [1]],
+        [0, 2, "nosuch", [2]],
+        [2, None, "echo", [3]],
+        [0, 4, "forbidden", []],
+        [0, 5, "add", [1]],
+        [0, 6, "new", []],
+    ]
+
+
+@pytest.mark.parametrize("data, expected", [(b"", "eof"), (b"\xc1", "ProtocolError"), (b"\x94", "ConnectionClosed")])
+def test_each_connection_ends_with_just_one_of_on_eof_and_on_error(
+    service: gmprpc.Service, data: bytes, expected: str
+) -> None:
+    ends: list[str] = []
+    with gmprpc.Server(
+        ("127.0.0.1", 0),
+        service,
+        on_eof=lambda connection: ends.append("eof"),
+        on_error=lambda connection, exc: ends.append(type(exc).__name__),
+    ) as server:
+        with Peer.connect(server.address) as peer:
+            peer.call("echo", 1)
+            peer.send_bytes(data)
+            peer.shutdown()
+            assert peer.receive_rest() == []
+        wait_until(lambda: ends and not server.connections)
+    assert ends == [expected]
+
+
+def test_a_hook_that_fails_is_logged_and_hurts_nobody(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    with gmprpc.Server(("127.0.0.1", 0), service, on_eof=lambda connection: 1 / 0) as server:
+        Peer.connect(server.address).close()
+        wait_until(lambda: "ZeroDivisionError" in caplog.text)
+        with Peer.connect(server.address) as peer:
+            assert peer.call("echo", 1)[3] == 1
+
+
+# Stopping.
+
+
+def test_stop_answers_everything_that_has_been_received(service: gmprpc.Service, server: gmprpc.Server) -> None:
+    replies: list[gmprpc.Reply] = []
+    service.reg_cb(later=lambda reply: replies.append(reply))
+    peers = [Peer.connect(server.address) for _ in range(10)]
+    for peer in peers:
+        peer.send([0, 1, "hold", ["held"]], [0, 2, "later", []])
+    wait_until(lambda: server.statistics()["in_flight"] == 20)
+    # Sent and not yet read when the server is told to stop.
+    for peer in peers:
+        peer.send([0, 3, "echo", ["unread"]])
+    late = Peer.connect(server.address)
+    late.send([0, 3, "echo", ["not accepted yet"]])
+    stopping = gevent.spawn(server.stop)
+    gevent.sleep(0)
+    assert not server.started
+    with pytest.raises(ConnectionRefusedError):
+        Peer.connect(server.address)
+    assert late.receive_rest() == [[1, 3, None, "not accepted yet"]]
+    for reply in replies:
+        reply.result("deferred")
+    service.methods["release"]()
+    expected = [[1, 1, None, "held"], [1, 2, None, "deferred"], [1, 3, None, "unread"]]
+    for peer in peers:
+        assert sorted(peer.receive_rest()) == expected
+    for peer in [*peers, late]:
+        peer.close()
+    assert stopping.get() == 0
+    assert not server.connections
+
+
+def test_stop_closes_quiet_connections_at_once(server: gmprpc.Server, peer: Peer) -> None:
+    peer.call("echo", 1)
+    stopping = gevent.spawn(server.stop)
+    assert peer.receive_rest() == []
+    peer.close()
+    assert stopping.get() == 0
+
+
+def test_stop_cuts_what_is_still_at_work_at_the_deadline_and_says_how_many(
+    server: gmprpc.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Peer.connect(server.address) as peer:
+        peer.send(*([0, number, "hold", [number]] for number in range(5)))
+        wait_until(lambda: server.statistics()["in_flight"] == 5)
+        assert server.stop(0.05) == 5
+        assert peer.receive_rest() == []
+    assert "5 requests were cut" in caplog.text
+    assert server.stop() == 0
+
+
+def test_stop_may_be_called_by_a_handler_which_is_still_answered(
+    service: gmprpc.Service, server: gmprpc.Server
+) -> None:
+    service.register(server.stop, "stop")
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "stop", []])
+        assert peer.receive_rest() == [[1, 1, None, 0]]
+    wait_until(lambda: not server.connections)
+
+
+def test_serve_forever_returns_when_the_server_is_stopped(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    server.stop()
+    serving.join()
+    assert serving.successful()
+
+
+def test_handlers_of_signals_are_as_before_after_serve_forever(service: gmprpc.Service) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+
+    def stop_when_started() -> None:
+        wait_until(lambda: server.started)
+        server.stop()
+
+    gevent.spawn(stop_when_started)
+    server.serve_forever()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_close_stops_accepting_and_leaves_connections_alone(server: gmprpc.Server, peer: Peer) -> None:
+    peer.call("echo", 1)
+    address = server.address
+    server.close()
+    with pytest.raises(ConnectionRefusedError):
+        Peer.connect(address)
+    assert peer.call("echo", 2) == [1, 0, None, 2]
+
+
+PROGRAM = """
+import gevent, gmprpc
+server = gmprpc.Server(("127.0.0.1", 0))
+
+@server.method
+def slow(value):
+    print("begun", flush=True)
+    gevent.sleep(float(value))
+    return value
+
+@server.method
+def bad():
+    raise KeyboardInterrupt
+
+server.start()
+print(server.server_port, flush=True)
+server.serve_forever()
+print("stopped", flush=True)
+"""
+
+
+@pytest.fixture
+def program() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_program_and_loses_no_call(program: subprocess.Popen[str], signum: signal.Signals) -> None:
+    with Peer.connect(("127.0.0.1", int(line_of(program)))) as peer:
+        # A handler's own KeyboardInterrupt is nothing but an error.
+        assert peer.call("bad") == [1, 0, "KeyboardInterrupt", None]
+        peer.send(*([0, number, "slow", ["0.2"]] for number in range(100)))
+        for _ in range(100):
+            assert line_of(program) == "begun"
+        program.send_signal(signum)
+        assert sorted(answer[1] for answer in peer.receive_rest()) == list(range(100))
+    assert line_of(program) == "stopped"
+    assert program.wait(10) == 0
+
+
+def test_a_second_sigint_stops_at_once(program: subprocess.Popen[str]) -> None:
+    with Peer.connect(("127.0.0.1", int(line_of(program)))) as peer:
+        peer.send([0, 1, "slow", ["1000"]])
+        assert line_of(program) == "begun"
+        program.send_signal(signal.SIGINT)
+        # Accepting has ended: the first one has been heard.
+        wait_until(lambda: not is_listening(peer.socket.getpeername()))
+        program.send_signal(signal.SIGINT)
+        assert peer.receive_rest() == []
+    assert line_of(program) == "stopped"
+    assert program.wait(10) == 0
+
+
+def is_listening(address: Any) -> bool:
+    try:
+        Peer.connect(address).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+# TLS.
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_server(service: gmprpc.Service, authority: trustme.CA) -> Iterator[gmprpc.Server]:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    with gmprpc.Server(("127.0.0.1", 0), service, ssl_context=context) as server:
+        yield server
+
+
+@pytest.fixture
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+def test_tls_carries_calls_of_every_size_both_ways(
+    service: gmprpc.Service, tls_server: gmprpc.Server, client_context: ssl.SSLContext
+) -> None:
+    service.register(lambda size: gmprpc.current_call().connection.call("give", size), "ask")
+    own = gmprpc.Service()
+    own.register(lambda size: b"x" * size, "give")
+    options: dict[str, Any] = {"ssl_context": client_context, "server_hostname": "localhost", "service": own}
+    with gmprpc.Client(tls_server.address, **options) as client:
+        for size in (0, 1, 1000, 16_384, 100_000, 900_000):
+            assert client.call("echo", b"x" * size) == b"x" * size
+            assert client.call("ask", size) == b"x" * size
+        assert [call.get() for call in [client.call_async("echo", n) for n in range(500)]] == list(range(500))
+    wait_until(lambda: not tls_server.connections)
+    assert tls_server.statistics()["failed_connections"] == 0
+
+
+def test_a_standard_tls_client_is_served_and_its_goodbye_understood(
+    tls_server: gmprpc.Server, client_context: ssl.SSLContext
+) -> None:
+    def talk(port: int) -> bytes:
+        import socket as plain_socket
+
+        with (
+            plain_socket.create_connection(("127.0.0.1", port)) as sock,
+            client_context.wrap_socket(sock, server_hostname="localhost") as tls,
+        ):
+            tls.sendall(b"\x94\x00\x01\xa4echo\x91\x05")
+            answer = tls.recv(100)
+            tls.unwrap()
+            return answer
+
+    pool = ThreadPool(1)
+    assert pool.apply(talk, (tls_server.server_port,)) == b"\x94\x01\x01\xc0\x05"
+    pool.kill()
+    wait_until(lambda: not tls_server.connections)
+    assert tls_server.statistics()["failed_connections"] == 0
+
+
+def test_plain_bytes_to_a_tls_port_cost_one_log_line(
+    tls_server: gmprpc.Server, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Peer.connect(tls_server.address) as peer:
+        peer.send_bytes(b"GET / HTTP/1.1\r\n\r\n")
+        wait_until(lambda: caplog.records)
+    (record,) = caplog.records
+    assert "TLS handshake failed" in record.getMessage()
+    with gmprpc.Client(tls_server.address, ssl_context=client_context, server_hostname="localhost") as client:
+        assert client.call("echo", 1) == 1
+
+
+def test_a_handshake_that_stalls_is_ended_and_delays_nobody(
+    service: gmprpc.Service, authority: trustme.CA, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, ssl_context=context, handshake_timeout=0.2) as server,
+        Peer.connect(server.address) as silent,
+    ):
+        with gmprpc.Client(server.address, ssl_context=client_context, server_hostname="localhost") as client:
+            assert client.call("echo", 1) == 1
+        assert silent.receive_rest() == []
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == ["no TLS handshake within 0.2 s"]
+
+
+def test_stop_waits_for_no_handshake(service: gmprpc.Service, tls_server: gmprpc.Server) -> None:
+    with Peer.connect(tls_server.address) as silent:
+        wait_until(lambda: tls_server._handlers)
+        stopping = gevent.spawn(tls_server.stop)
+        assert silent.receive_rest() == []
+        assert stopping.get() == 0
+
+
+# The seed.
+
+
+def test_the_ancestors_shortcut_takes_an_address_and_a_port_or_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    for server in (
+        gmprpc.mprpc_server("127.0.0.1", 0),
+        gmprpc.mprpc_server(None, 0),
+        gmprpc.mprpc_server("unix/", str(path), hide_errors=True),
+    ):
+        server.reg_cb(
+            echo=lambda reply, value: reply.result(value), sum=lambda reply, *values: reply.result(sum(values))
+        )
+        server.reg_cb(more=lambda reply: reply.result())
+        with server:
+            address = server.address
+            if isinstance(address, str):
+                client = gmprpc.mprpc_client("unix/", str(path))
+            else:
+                client = gmprpc.mprpc_client("127.0.0.1", address[1])
+            with client:
+                assert client.call("echo", "hello") == "hello"
+                assert client.call("sum", 1, 2, 3) == 6
+                assert client.call("more") is None
+
+
+def test_a_callback_answers_no_one_or_several_values_or_an_error(service: gmprpc.Service, peer: Peer) -> None:
+    service.reg_cb(
+        none=lambda reply: reply.result(),
+        one=lambda reply, value: reply.result(value),
+        several=lambda reply, *values: reply.result(*values),
+        refuse=lambda reply, error: reply.error(error),
+    )
+    assert peer.call("none") == [1, 0, None, None]
+    assert peer.call("one", [1]) == [1, 0, None, [1]]
+    assert peer.call("several", 1, 2) == [1, 0, None, [1, 2]]
+    assert peer.call("refuse", {"code": 1}) == [1, 0, {"code": 1}, None]
+    assert peer.call("one") == [1, 0, "wrong params for one(value): missing a required argument: 'value'", None]
+
+
+def test_a_callback_may_answer_later_from_another_greenlet(service: gmprpc.Service, peer: Peer) -> None:
+    go = Event()
+
+    def later(reply: gmprpc.Reply, value: str) -> None:
+        def answer() -> None:
+            go.wait()
+            reply.result(value)
+
+        gevent.spawn(answer)
+
+    service.reg_cb(later=later)
+    peer.send([0, 1, "later", ["late"]])
+    assert peer.call("echo", "first", msgid=2) == [1, 2, None, "first"]
+    go.set()
+    assert peer.receive() == [1, 1, None, "late"]
+
+
+def test_a_callback_of_a_notification_has_no_reply(service: gmprpc.Service, peer: Peer) -> None:
+    replies: list[Any] = []
+    service.reg_cb(log=lambda reply, text: replies.append((reply, text)))
+    peer.send([2, "log", ["hello"]])
+    assert peer.call("echo", 1) == [1, 0, None, 1]
+    assert replies == [(None, "hello")]
