@@ -1,0 +1,312 @@
+"""One connection under load and in odd company: batches, back-pressure, partial writes, what dies around it."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from typing import Any
+
+import gevent
+import msgpack
+import pytest
+from gevent import socket
+
+import gmprpc
+from gmprpc.connection import Connection
+from gmprpc.metrics import Counters
+from gmprpc.options import ConnectionOptions
+from gmprpc.transport import PlainStream
+
+from .helpers import Peer, wait_until
+
+
+class Pair:
+    """A connection over a socketpair, and the peer at its other end."""
+
+    def __init__(self, service: gmprpc.Service, **options: Any) -> None:
+        ours, theirs = socket.socketpair()
+        self.counters = Counters()
+        self.connection = Connection(
+            PlainStream(ours), service.table(), ConnectionOptions(**options), counters=self.counters, peer="the peer"
+        )
+        self.life = gevent.spawn(self.connection.run)
+        gevent.sleep(0)
+        self.peer = Peer(theirs)
+
+    def close(self) -> None:
+        self.peer.close()
+        self.connection.abort()
+        self.life.join()
+
+
+@pytest.fixture
+def pair(service: gmprpc.Service) -> Any:
+    pair = Pair(service)
+    yield pair
+    pair.close()
+
+
+# Batches.
+
+
+def test_the_answers_of_a_batch_are_written_together(service: gmprpc.Service) -> None:
+    writes: list[int] = []
+    ours, theirs = socket.socketpair()
+    stream = PlainStream(ours)
+    send = stream.send
+
+    def counted(data: Any) -> int:
+        writes.append(len(data))
+        return send(data)
+
+    stream.send = counted  # type: ignore[assignment]
+    connection = Connection(stream, service.table(), ConnectionOptions(), counters=Counters())
+    life = gevent.spawn(connection.run)
+    peer = Peer(theirs)
+    peer.send(*([0, number, "echo", [number]] for number in range(90)))
+    assert [peer.receive()[1] for _ in range(90)] == list(range(90))
+    assert len(writes) == 1
+    # Those of handlers that have blocked and end in the same turn of the loop, too.
+    peer.send(*([0, number, "hold", [number]] for number in range(50)), [2, "release", []])
+    assert sorted(peer.receive()[1] for _ in range(50)) == list(range(50))
+    assert len(writes) == 2
+    peer.close()
+    life.join()
+
+
+def test_a_flooding_connection_lets_others_in_between(service: gmprpc.Service, server: gmprpc.Server) -> None:
+    done: list[str] = []
+    service.register(done.append, "note")
+    with Peer.connect(server.address) as flooding, Peer.connect(server.address) as modest:
+        modest.call("echo", 1)
+        flooding.send(*([2, "note", ["flood"]] for _ in range(5000)))
+        modest.send([0, 1, "note", ["modest"]])
+        modest.receive()
+        wait_until(lambda: len(done) == 5001)
+    # It was behind the batches that were due, not behind the whole flood.
+    assert done.index("modest") < 2500
+
+
+def test_a_handler_that_takes_its_time_ends_the_batch(service: gmprpc.Service, server: gmprpc.Server) -> None:
+    from time import perf_counter
+
+    done: list[str] = []
+
+    @service.method
+    def burn(name: str) -> None:
+        end = perf_counter() + 0.005
+        while perf_counter() < end:
+            pass
+        done.append(name)
+
+    with Peer.connect(server.address) as busy, Peer.connect(server.address) as modest:
+        modest.call("echo", 1)
+        busy.send(*([2, "burn", ["busy"]] for _ in range(20)))
+        modest.send([0, 1, "burn", ["modest"]])
+        modest.receive()
+        wait_until(lambda: len(done) == 21)
+    assert done.index("modest") < 10
+
+
+# Writing.
+
+
+def test_an_answer_of_any_size_arrives_whole(pair: Pair) -> None:
+    for size in (16 * 1024, 16 * 1024 + 1, 300_000, 1_000_000):
+        value = "x" * size
+        assert pair.peer.call("echo", value) == [1, 0, None, value]
+
+
+def test_answers_keep_their_order_and_bytes_when_writing_blocks(service: gmprpc.Service) -> None:
+    service.register(lambda size: b"y" * size, "give")
+    pair = Pair(service)
+    sizes = [100_000, 10, 500_000, 20_000, 1, 300_000, 17_000] * 5
+    pair.peer.send(*([0, number, "give", [size]] for number, size in enumerate(sizes)))
+    gevent.sleep(0.01)  # Nothing is read until writing has blocked.
+    assert pair.connection._backlog
+    assert [(answer[1], len(answer[3])) for answer in (pair.peer.receive() for _ in sizes)] == list(enumerate(sizes))
+    assert not pair.connection._backlog
+    assert pair.peer.call("echo", "next") == [1, 0, None, "next"]
+    pair.close()
+
+
+def test_a_peer_that_doesnt_read_is_not_read_any_further(service: gmprpc.Service) -> None:
+    calls = [0]
+
+    @service.method
+    def give() -> bytes:
+        calls[0] += 1
+        return b"x" * 100_000
+
+    pair = Pair(service)
+    pair.peer.send(*([0, number, "give", []] for number in range(1000)))
+    wait_until(lambda: pair.connection._backlog)
+    gevent.sleep(0.05)
+    seen = calls[0]
+    # The high-water mark, what the kernel took, and no more than one answer beyond.
+    assert pair.connection._backlog_size < 256 * 1024 + 2 * 100_100
+    gevent.sleep(0.05)
+    assert calls[0] == seen < 100
+    assert [len(pair.peer.receive()[3]) for _ in range(1000)] == [100_000] * 1000
+    pair.close()
+
+
+def test_what_is_written_to_a_peer_that_has_gone_ends_the_connection(service: gmprpc.Service, pair: Pair) -> None:
+    pair.peer.send([0, 1, "hold", [1]])
+    wait_until(lambda: pair.connection.in_flight == 1)
+    pair.peer.close()
+    service.methods["release"]()
+    error = pair.life.get()
+    assert isinstance(error, gmprpc.ConnectionClosed)
+    assert isinstance(error.__cause__, OSError)
+    assert pair.counters.failed_connections == 1
+
+
+# Ends.
+
+
+def test_killing_the_life_of_a_connection_closes_it(pair: Pair) -> None:
+    call = pair.connection.call_async("never")
+    pair.peer.receive()
+    pair.life.kill()
+    assert pair.connection.is_closed
+    with pytest.raises(gmprpc.ConnectionClosed):
+        call.get()
+    assert pair.peer.receive_rest() == []
+
+
+def test_close_may_be_called_by_a_handler_any_number_of_times(service: gmprpc.Service, pair: Pair) -> None:
+    @service.method
+    def hang_up() -> str:
+        connection = gmprpc.current_call().connection
+        connection.close()
+        connection.close()
+        connection.finish()
+        return "dropped"
+
+    pair.peer.send([0, 1, "echo", ["before"]], [0, 2, "hang_up", []], [0, 3, "echo", ["behind"]])
+    assert pair.peer.receive_rest() == [[1, 1, None, "before"]]
+    assert pair.life.get() is None
+    assert pair.counters.dropped_answers == 1
+    with pytest.raises(gmprpc.ConnectionClosed, match="the connection is closed"):
+        pair.connection.notify("late")
+
+
+def test_finish_reads_what_was_sent_even_beyond_max_concurrency(service: gmprpc.Service) -> None:
+    pair = Pair(service, max_concurrency=2)
+    pair.peer.send(*([0, number, "hold", [number]] for number in range(20)))
+    wait_until(lambda: pair.connection.in_flight == 2)
+    pair.connection.finish()
+    service.methods["release"]()
+    assert sorted(answer[1] for answer in pair.peer.receive_rest()) == list(range(20))
+    pair.peer.close()
+    assert pair.life.get() is None
+
+
+def test_nothing_is_left_of_a_connection_that_has_ended(service: gmprpc.Service) -> None:
+    pair = Pair(service)
+    pair.peer.send(*([0, number, "hold", [number]] for number in range(10)), [2, "release", []])
+    for _ in range(10):
+        pair.peer.receive()
+    greenlets = set(pair.connection._requests.greenlets)
+    assert len(greenlets) == 11
+    pair.peer.close()
+    pair.life.join()
+    wait_until(lambda: all(request.dead for request in greenlets))
+    assert not pair.connection._requests.greenlets
+
+
+# Odd company.
+
+
+def test_a_caller_that_is_no_greenlet_of_gevents_may_die_of_its_answer(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call() -> None:
+        pair.connection.call("question")
+        raise ValueError("dead of it")
+
+    gevent.spawn_raw(call)
+    _, msgid, _, _ = pair.peer.receive()
+    pair.peer.send([1, msgid, None, None], [0, 1, "echo", ["still here"]])
+    assert pair.peer.receive() == [1, 1, None, "still here"]
+    assert "dead of it" in capsys.readouterr().err
+    # And of the end of the connection.
+    gevent.spawn_raw(pair.connection.call, "question")
+    gevent.sleep(0)
+    other = pair.connection.call_async("question")
+    pair.peer.receive(), pair.peer.receive()
+    pair.peer.close()
+    with pytest.raises(gmprpc.ConnectionClosed):
+        other.get()
+    assert "the connection was closed before the answer came" in capsys.readouterr().err
+
+
+def test_a_packer_hook_may_block_without_mixing_up_messages(service: gmprpc.Service) -> None:
+    class Slow:
+        def __init__(self, value: str) -> None:
+            self.value = value
+
+    def default(obj: Any) -> Any:
+        gevent.sleep(0.001)
+        return obj.value
+
+    service.register(lambda value: ["a", Slow(value), "z"], "slow")
+    pair = Pair(service, packer_options={"default": default})
+    pair.peer.send(*([0, number, "slow", [f"value {number}"]] for number in range(20)))
+    assert sorted(pair.peer.receive() for _ in range(20)) == [
+        [1, number, None, ["a", f"value {number}", "z"]] for number in range(20)
+    ]
+    pair.close()
+
+
+@pytest.mark.parametrize("hook", ["object_hook", "ext_hook"])
+def test_an_unpacker_hook_that_fails_costs_its_own_request_only(service: gmprpc.Service, hook: str) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("not this one")
+
+    pair = Pair(service, unpacker_options={hook: fail})
+    pair.peer.send([0, 1, "echo", [{"a": 1}, msgpack.ExtType(5, b"x")]], [0, 2, "echo", ["next"]])
+    assert pair.peer.receive() == [1, 1, "can't be decoded: ValueError: not this one", None]
+    assert pair.peer.receive() == [1, 2, None, "next"]
+    pair.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 99, 100, 101, 250])
+def test_a_batch_may_end_on_any_message(pair: Pair, count: int) -> None:
+    pair.peer.send(*([0, number, "echo", [number]] for number in range(count)))
+    assert [pair.peer.receive()[1] for _ in range(count)] == list(range(count))
+    assert pair.peer.call("echo", "next") == [1, 0, None, "next"]
+
+
+def test_a_reset_at_any_byte_of_a_request_hurts_nobody(server: gmprpc.Server, bystander: Peer) -> None:
+    data = msgpack.packb([0, 1, "echo", ["hello"]])
+    for end in range(len(data) + 1):
+        with Peer.connect(server.address) as peer:
+            peer.send_bytes(data[:end])
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: len(server.connections) == 1)
+
+
+def test_the_peers_name_stands_in_every_log_line(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    pair.peer.send([0, 1, "fail", ["oops"]], [2, "nosuch", []])
+    pair.peer.send_bytes(b"\xc1")
+    pair.peer.receive()
+    wait_until(lambda: len(caplog.records) == 3)
+    assert all("the peer" in record.getMessage() for record in caplog.records)
+
+
+def test_a_greenlet_that_waits_for_the_end_is_told(pair: Pair) -> None:
+    assert pair.connection.wait(0) is False
+    waiting = gevent.spawn(pair.connection.wait)
+    gevent.sleep(0)
+    pair.peer.close()
+    assert waiting.get() is True
+
+
+def test_reading_goes_on_while_handlers_block(service: gmprpc.Service, pair: Pair) -> None:
+    pair.peer.send(*([0, number, "hold", [number]] for number in range(200)))
+    assert pair.peer.call("echo", "read", msgid=999) == [1, 999, None, "read"]
+    service.methods["release"]()
+    assert sorted(pair.peer.receive()[1] for _ in range(200)) == list(range(200))
