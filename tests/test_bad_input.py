@@ -381,9 +381,13 @@ class Unpackable:
     pass
 
 
+RECURSIVE: list[Any] = []
+RECURSIVE.append(RECURSIVE)
+
+
 @pytest.mark.parametrize(
     "value",
-    [Unpackable(), 2**64, {1, 2}, "\udcff", {"a": [object()]}, (lambda: (x := [], x.append(x), x)[-1])()],
+    [Unpackable(), 2**64, {1, 2}, "\udcff", {"a": [object()]}, RECURSIVE],
     ids=["object", "int", "set", "surrogate", "nested", "recursive"],
 )
 def test_a_result_that_cant_be_packed_is_an_error_answer_and_logged(
@@ -426,7 +430,9 @@ def test_whatever_a_handler_raises_is_an_error_answer(
     assert_still_answers(peer)
 
 
-def test_an_answer_after_the_peer_has_gone_is_dropped_and_counted(service: gmprpc.Service, server: gmprpc.Server) -> None:
+def test_an_answer_after_the_peer_has_gone_is_dropped_and_counted(
+    service: gmprpc.Service, server: gmprpc.Server
+) -> None:
     go, done = Event(), Event()
     replies: list[gmprpc.Reply] = []
 
