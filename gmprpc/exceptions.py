@@ -117,6 +117,15 @@ class CallCancelled(GreenletExit):
     """
 
 
+def text_of(exc: BaseException) -> str:
+    """What a peer is told of ``exc``: the name of its type and its message, never a traceback."""
+    try:
+        message = str(exc)
+    except Exception:
+        message = ""
+    return f"{type(exc).__name__}: {message}" if message else type(exc).__name__
+
+
 def no_such_method(method: str) -> str:
     """The error text for an unknown method, word for word that of AnyEvent::MPRPC::Server."""
     return f'No such method "{method}" found'

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgpack
 from msgpack import OutOfData, Packer, Unpacker
 
-from .exceptions import MessageTooLarge, ProtocolError, no_such_method, remote_error
+from .exceptions import MessageTooLarge, ProtocolError, no_such_method, remote_error, text_of
 
 REQUEST: Final = 0
 RESPONSE: Final = 1
@@ -57,7 +57,8 @@ def result_of(response: Message, method: str) -> Any:
 def requests_in(data: Buffer) -> Iterator[int]:
     """The msgids of the requests in ``data``, which begins with a message and was made by an :class:`Encoder`."""
     for message in Decoder(len(data), {"raw": True}).feed(bytes(data)):
-        if message[0] == REQUEST:
+        # Also those with values that can be packed but not be read back.
+        if message[0] == REQUEST or (message[0] == INVALID and message[2] == REQUEST):
             yield message[1]
 
 
@@ -78,39 +79,40 @@ class Encoder:
 
     __slots__ = ("_options", "_pack")
 
-    # A Packer keeps the largest buffer that it ever needed: it begins with little (msgpack's default is 256 KiB), and
-    # past the second size it isn't kept. Picked arbitrarily.
+    # A Packer keeps the largest buffer that it ever needed: it begins with little (msgpack's default is 256 KiB).
+    # Picked arbitrarily.
     _INITIAL_SIZE = 512
-    _KEPT_SIZE = 64 * 1024
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self._options: dict[str, Any] = {"datetime": True, "buf_size": self._INITIAL_SIZE, **(options or {})}
-        self._pack: Callable[[Any], bytes] | None = Packer(**self._options).pack
+        self._pack: Callable[[Any], bytes] | None = None
+
+    def new_pack(self) -> Callable[[list[Any]], bytes]:
+        """A function that packs one message as a list, for one greenlet: a hook that it calls may switch to another."""
+        return Packer(**self._options).pack
 
     def request(self, msgid: int, method: str, params: Sequence[Any]) -> bytes:
         """The bytes of ``[0, msgid, method, params]``."""
-        return self._packed((REQUEST, msgid, method, params))
+        return self._packed([REQUEST, msgid, method, list(params)])
 
     def response(self, msgid: int, error: Any, result: Any) -> bytes:
         """The bytes of ``[1, msgid, error, result]``; one of the last two has to be None."""
-        # The lines of `_packed`: on the path of every request the call would be 2 % of the whole.
-        pack, self._pack = self._pack or Packer(**self._options).pack, None
-        data = pack((RESPONSE, msgid, error, result))
-        if len(data) <= self._KEPT_SIZE:
-            self._pack = pack
-        return data
+        return self._packed([RESPONSE, msgid, error, result])
 
     def notification(self, method: str, params: Sequence[Any]) -> bytes:
         """The bytes of ``[2, method, params]``."""
-        return self._packed((NOTIFICATION, method, params))
+        return self._packed([NOTIFICATION, method, list(params)])
 
-    def _packed(self, message: Sequence[Any]) -> bytes:
+    def release(self) -> None:
+        """Give back what was only held to be quicker next time."""
+        self._pack = None
+
+    def _packed(self, message: list[Any]) -> bytes:
         # The packer is taken out while it works: what it calls (a `default` hook, the `items` of some dict) may switch
         # to another greenlet, which must not pack into the same buffer. A new one costs less than a lock.
-        pack, self._pack = self._pack or Packer(**self._options).pack, None
+        pack, self._pack = self._pack or self.new_pack(), None
         data = pack(message)
-        if len(data) <= self._KEPT_SIZE:
-            self._pack = pack
+        self._pack = pack
         return data
 
 
@@ -130,6 +132,8 @@ class Decoder:
     def __init__(self, max_message_size: int, options: Mapping[str, Any] | None = None) -> None:
         self._max_size = max_message_size
         self._options: dict[str, Any] = {"timestamp": 3, "strict_map_key": False, **(options or {})}
+        for name in _HOOKS.intersection(self._options):
+            self._options[name] = _guarded(self._options[name])
         self._array = list if self._options.get("use_list", True) else tuple
         self._unpackb: Callable[[Buffer], Any] = partial(msgpack.unpackb, **self._options)
         # Unpackers take 41 KiB each: they are made when they are needed, and `release` drops them.
@@ -296,7 +300,9 @@ class Decoder:
             length = reader.read_array_header()
             head = [reader.unpack() for _ in range(length - 2)] if length in (3, 4) else []
         except Exception:
-            raise ProtocolError(f"not a MessagePack-RPC message: {type(exc).__name__}: {exc}") from exc
+            raise ProtocolError(f"not a MessagePack-RPC message: {text_of(exc)}") from exc
+        if not head:
+            raise ProtocolError(f"not a MessagePack-RPC message: an array of {length}") from exc
         # What stands before method and params, or error and result, has to be right all the same.
         kind, msgid, _, _ = self._checked(self._array([*head, "", self._array()]))
         try:
@@ -307,7 +313,7 @@ class Decoder:
             return INVALID, msgid, kind, no_such_method(method.decode(errors="replace"))
         except Exception:
             pass  # It is the method itself that msgpack can't decode: say the same as of params.
-        return INVALID, msgid, kind, f"can't be decoded: {type(exc).__name__}: {exc}".removesuffix(": ")
+        return INVALID, msgid, kind, f"can't be decoded: {text_of(exc.cause if isinstance(exc, _HookError) else exc)}"
 
 
 # By a value's first byte: its size, where that byte alone tells it.
@@ -333,6 +339,32 @@ _HEADERS: Final = {
     **{lead: (size, 0, 0, 1) for lead, size in ((0xDC, 2), (0xDD, 4))},  # array
     **{lead: (size, 0, 0, 2) for lead, size in ((0xDE, 2), (0xDF, 4))},  # map
 }
+
+
+# What of the Unpacker's options is called while it decodes.
+_HOOKS: Final = frozenset(("object_hook", "object_pairs_hook", "ext_hook"))
+
+
+class _HookError(Exception):
+    """A hook has raised ``cause``."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def _guarded(hook: Any) -> Any:
+    """``hook``, whose errors can't be taken for the Unpacker's own: a StopIteration would be its end."""
+    if not callable(hook):
+        return hook
+
+    def call(*args: Any) -> Any:
+        try:
+            return hook(*args)
+        except Exception as exc:
+            raise _HookError(exc) from exc
+
+    return call
 
 
 class _Walk:
