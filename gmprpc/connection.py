@@ -32,8 +32,8 @@ from .exceptions import ConnectionClosed, ProtocolError
 from .metrics import Counters
 from .options import ConnectionOptions
 from .protocol import (
-    INVALID,
     NOTIFICATION,
+    REQUEST,
     RESPONSE,
     Decoder,
     Message,
@@ -48,17 +48,11 @@ logger = logging.getLogger("gmprpc.connection")
 
 TOO_MANY_REQUESTS: Final = "too many requests in flight"
 
-# How much is read at once: enough that a message of 64 KiB comes in one piece. Small messages don't care. (With glibc a
-# buffer of this size also raises the threshold for giving memory back to the system, which at 128 KiB costs 64 KiB
-# messages half their rate in page faults.)
-_READ_SIZE = 256 * 1024
 # For how long, and for how many messages, a connection may keep the hub before others get their turn.
 _BATCH_TIME = 0.004
 _BATCH_MESSAGES = 100
 # When this much can't be written, reading stops.
 _HIGH_WATER_SIZE = 256 * 1024
-# How many request greenlets a connection keeps when it has gone quiet.
-_KEPT_GREENLETS = 1
 
 _READ, _WRITE = 1, 2
 
@@ -341,7 +335,7 @@ class Connection:
         if self._phase >= _DEAF or self._inbox is not None:
             return
         try:
-            data = self._stream.recv(_READ_SIZE)
+            data = self._stream.recv()
         except BlockingIOError:
             if self._phase == _FINISHING:
                 self._phase = _DRAINED
@@ -366,6 +360,7 @@ class Connection:
         self._was_active = True
         requests, pending = self._requests, self._calls.pending
         idle, deferred = requests.idle, requests.deferred
+        is_full = (not idle or deferred) and requests.is_full()
         # Requests that end within this batch don't have to see to it that their answers are sent.
         self.is_settling = True
         self._batch_end = perf_counter() + _BATCH_TIME
@@ -373,21 +368,22 @@ class Connection:
         try:
             for message in inbox:
                 kind = message[0]
-                if kind == RESPONSE:
+                if kind == REQUEST or kind == NOTIFICATION:  # noqa: SIM109 - no tuple for each message
+                    if is_full:
+                        self._refuse(message)
+                    else:
+                        request = idle.pop() if idle else requests.new_greenlet()
+                        request.message = message
+                        request.gr_context = None  # Every request starts in a fresh context: 40 ns.
+                        request.switch()
+                elif kind == RESPONSE:
                     waiter = pending.pop(message[1], None)
                     if waiter is None:
                         self._counters.late_answers += 1
                     else:
                         waiter(message)
-                elif kind == INVALID:
-                    self._reject(message)
-                elif (idle and not deferred) or not requests.is_full():
-                    request = idle.pop() if idle else requests.new_greenlet()
-                    request.message = message
-                    request.gr_context = None  # Every request starts in a fresh context: 40 ns.
-                    request.switch()
                 else:
-                    self._refuse(message)
+                    self._reject(message)
                 # Time and number: one connection must not keep the hub. What else has to end the batch, as the close of
                 # the connection has, sets its end to 0. (A batch's 4 ms are 35 ns a message to measure.)
                 left -= 1
@@ -395,7 +391,8 @@ class Connection:
                     break
                 # No place left: the rest waits where it is, and what isn't read yet in the kernel. But while a call of
                 # this side is pending its answer has to be read, or calls that call back would wait for each other.
-                if (not idle or deferred) and not pending and requests.is_full():
+                is_full = (not idle or deferred) and requests.is_full()
+                if is_full and not pending:
                     break
             else:
                 self._inbox = None
@@ -591,6 +588,7 @@ class Connection:
             self._was_active = False
             return self._phase == _CLOSED
         self._decoder.release()
-        self._requests.dismiss_idle(_KEPT_GREENLETS)
+        self._requests.encoder.release()
+        self._requests.dismiss_idle()
         self._is_awake = False
         return True

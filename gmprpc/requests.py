@@ -19,11 +19,11 @@ from gevent import Greenlet, GreenletExit
 from gevent.event import AsyncResult
 
 from .calls import switch
-from .exceptions import ErrorResponse
+from .exceptions import ErrorResponse, text_of
 from .methods import UnknownMethod, params_mismatch
 from .metrics import Counters
 from .options import ConnectionOptions
-from .protocol import Encoder, Message
+from .protocol import RESPONSE, Encoder, Message
 from .reply import Reply, get_thread_ident
 from .transport import format_address
 
@@ -121,9 +121,9 @@ class Requests:
         self.greenlets.add(request)
         return request
 
-    def dismiss_idle(self, kept: int = 0) -> None:
-        """End the greenlets that wait for a request, but for ``kept`` of them; in the hub."""
-        while len(self.idle) > kept:
+    def dismiss_idle(self) -> None:
+        """End the greenlets that wait for a request; in the hub."""
+        while self.idle:
             request = self.idle.pop()
             request.is_retired = True
             request.switch()
@@ -160,7 +160,7 @@ class Requests:
         else:
             self._counters.handler_errors += 1
             is_fault = True
-            error = _text_of(exc)
+            error = text_of(exc)
             if self._hide_errors:
                 mark = f" ({token_hex(4)})"
                 error = f"internal error{mark}"
@@ -221,7 +221,7 @@ class Requests:
             return self.encoder.response(msgid, error, None)
         except Exception as exc:
             # An object that can't be packed, or a text that isn't valid Unicode.
-            text = error if isinstance(error, str) else f"an error that can't be sent: {_text_of(exc)}"
+            text = error if isinstance(error, str) else f"an error that can't be sent: {text_of(exc)}"
             return self.encoder.response(msgid, text.encode(errors="backslashreplace").decode(), None)
 
 
@@ -245,8 +245,10 @@ class RequestGreenlet(_Greenlet):
 
     def _run(self) -> None:
         requests = self.requests
-        methods, encoder, out, idle = requests.methods, requests.encoder, requests.out, requests.idle
+        methods, out, idle = requests.methods, requests.out, requests.idle
         owner, hub = requests.owner, requests.hub
+        pack = requests.encoder.new_pack()
+        answer: bytes | None
         while True:
             # Another round for a switch or a throw that was meant for an earlier request.
             while self.message is None:
@@ -269,8 +271,9 @@ class RequestGreenlet(_Greenlet):
             else:
                 try:
                     if msgid is not None:
-                        out.append(encoder.response(msgid, None, result))
-                        if len(out[-1]) > _LARGE_ANSWER:
+                        answer = pack([RESPONSE, msgid, None, result])
+                        out.append(answer)
+                        if len(answer) > _LARGE_ANSWER:
                             owner.flush()
                     elif isinstance(result, _DEFERRED):
                         requests.defer(None, method, result)
@@ -280,7 +283,7 @@ class RequestGreenlet(_Greenlet):
                         requests.defer(msgid, method, result)
                     else:
                         self._fail(exc)
-            self.message = params = result = None  # They may be large, and this greenlet may rest for long.
+            self.message = params = result = answer = None  # They may be large, and this greenlet may rest for long.
             if not self.is_retired:
                 idle.append(self)
             if not owner.is_settling:
@@ -298,15 +301,6 @@ class RequestGreenlet(_Greenlet):
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
                 self.requests.hub.handle_error(self, *sys.exc_info())
-
-
-def _text_of(exc: BaseException) -> str:
-    """What the peer is told of ``exc``: the name of its type and its message."""
-    try:
-        message = str(exc)
-    except Exception:
-        message = ""
-    return f"{type(exc).__name__}: {message}" if message else type(exc).__name__
 
 
 def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -134,7 +134,7 @@ def test_a_connection_that_goes_quiet_gives_greenlets_back(
     go.set()
     for _ in range(50):
         peer.receive()
-    wait_until(lambda: sum(greenlet.dead for greenlet in used) == 49)
+    wait_until(lambda: all(greenlet.dead for greenlet in used))
     assert peer.call("echo", "awake")[3] == "awake"
 
 
