@@ -130,7 +130,11 @@ class Client:
             with gevent.Timeout(timeout, CallTimeout(method, timeout or 0)):
                 connection = self._connected()
             if timeout is not None:
-                timeout -= perf_counter() - begun
+                left = timeout - (perf_counter() - begun)
+                try:
+                    return connection.call(method, *params, timeout=max(0.0, left))
+                except CallTimeout:
+                    raise CallTimeout(method, timeout) from None  # What the caller said, not what was left of it.
         return connection.call(method, *params, timeout=timeout)
 
     def call_async(self, method: str, *params: Any, timeout: float | None = _DEFAULT) -> PendingCall:
@@ -181,7 +185,9 @@ class Client:
         return self
 
     def close(self) -> None:
-        """Close the connection: calls that wait end with ConnectionClosed, what was sent before still arrives.
+        """Close the connection: calls that wait end with ConnectionClosed.
+
+        What was sent before, a notification perhaps, still arrives if the peer takes it within two seconds.
 
         May be called any number of times. Calls from now on raise ConnectionClosed, until :meth:`connect`.
         """

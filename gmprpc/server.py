@@ -236,14 +236,14 @@ class Server(Registry):
         cut = 0
         if not self._handlers.join(timeout):
             cut = sum(connection.in_flight for connection in self._connections)
+            if cut:
+                # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
+                logger.warning("%d requests were cut after %g s", cut, timeout)
             for connection in list(self._connections):
                 connection.abort()
             self._handlers.join(_ABORT_TIMEOUT)
             self._handlers.kill(block=False)
-        if not self._stopped.is_set():
-            self._stopped.set()
-            if cut:
-                logger.warning("stopped; %d requests were cut after %g s", cut, timeout)
+        self._stopped.set()
         return cut
 
     def __enter__(self) -> Self:

@@ -271,11 +271,21 @@ def parse_address(address: Any) -> tuple[str, int] | str:
         if address.startswith(UNIX_PREFIX) and len(address) > len(UNIX_PREFIX):
             return address
         host, colon, port = address.rpartition(":")
-        if colon and port.isascii() and port.isdigit() and int(port) < 2**16:
+        if colon and port.isascii() and port.isdigit() and int(port) < 2**16 and _is_host(host):
             return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
-    elif isinstance(address, (tuple, list)) and len(address) >= 2 and isinstance(address[1], int):
-        return address[0], address[1]
+    elif isinstance(address, (tuple, list)) and len(address) >= 2:
+        host, port = address[:2]
+        if isinstance(host, str) and _is_host(host) and isinstance(port, int):
+            return host, port
     raise ValueError(f"{address!r} is no address: give HOST:PORT, (host, port) or unix:PATH")
+
+
+def _is_host(name: str) -> bool:
+    try:
+        name.encode("idna")  # What the resolver would do, in a thread in which gevent prints that it failed.
+    except UnicodeError:
+        return False
+    return True
 
 
 def format_address(address: Any) -> str:
@@ -348,7 +358,11 @@ def open_listener(listener: Any) -> Any:
         number = listener.removeprefix(FD_PREFIX)
         if not number.isdigit():
             raise ValueError(f"{listener!r}: give the number of a listening descriptor, as in fd://3")
-        return socket.socket(fileno=int(number))
+        sock = socket.socket(fileno=int(number))
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock.detach()  # It isn't ours to close.
+            raise OSError(errno.EINVAL, "that socket doesn't listen")
+        return sock
     family, address = parse_listener(listener)
     return _listen(family, address)
 
