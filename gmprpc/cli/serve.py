@@ -1,0 +1,179 @@
+"""``serve``: listen, and run until a signal says stop."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import gevent
+from gevent import monkey
+from gevent.event import Event
+from gevent.pool import Group
+
+from gmprpc.options import MAX_CONCURRENCY, SERVER_MAX_MESSAGE_SIZE
+from gmprpc.server import Server
+from gmprpc.transport import format_address
+
+from . import demo, parameters
+from .exits import Unreachable
+from .loading import load_service
+
+logger = logging.getLogger("gmprpc.cli")
+
+#: The port of AnyEvent::MPRPC's examples.
+DEFAULT_BIND = "127.0.0.1:4423"
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("app", metavar="[MODULE:ATTR]", required=False)
+@click.option(
+    "-b",
+    "--bind",
+    "binds",
+    type=parameters.bind,
+    multiple=True,
+    show_default=DEFAULT_BIND,
+    envvar="GMPRPC_BIND",
+    show_envvar=True,
+    metavar="ADDRESS",
+    help="Listen on HOST:PORT, unix:PATH or fd://N; may be given several times.",
+)
+@click.option(
+    "--app-dir",
+    type=click.Path(exists=True, file_okay=False),
+    default=".",
+    metavar="DIR",
+    help="Look for MODULE here first.",
+)
+@click.option("--factory", is_flag=True, help="ATTR is a function that makes the service.")
+@click.option("--no-patch", is_flag=True, help="Don't monkey-patch the standard library for gevent.")
+@click.option(
+    "--max-message-size",
+    type=click.IntRange(min=1),
+    default=SERVER_MAX_MESSAGE_SIZE,
+    envvar="GMPRPC_MAX_MESSAGE_SIZE",
+    show_envvar=True,
+    metavar="BYTES",
+    help="Close a connection on which a larger message comes.",
+)
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(min=1),
+    default=MAX_CONCURRENCY,
+    envvar="GMPRPC_MAX_CONCURRENCY",
+    show_envvar=True,
+    metavar="N",
+    help="Requests in flight on one connection; further ones wait unread.",
+)
+@click.option(
+    "--graceful-timeout",
+    type=parameters.seconds,
+    default=30.0,
+    envvar="GMPRPC_GRACEFUL_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="Time for what is in flight when a signal says stop.",
+)
+@click.option(
+    "--hide-errors",
+    is_flag=True,
+    envvar="GMPRPC_HIDE_ERRORS",
+    show_envvar=True,
+    help="Don't tell callers what a method raised; the log has it.",
+)
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    app: str | None,
+    binds: Sequence[Any],
+    app_dir: str,
+    factory: bool,
+    no_patch: bool,
+    max_message_size: int,
+    max_concurrency: int,
+    graceful_timeout: float,
+    hide_errors: bool,
+) -> None:
+    """Serve the service ATTR of MODULE, or a demo.
+
+    ATTR is a gmprpc.Service, or a gmprpc.Server, of which only the service counts: where it listens, its limits and its
+    hooks don't.
+
+    SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. A second SIGINT stops at
+    once.
+    """
+    if not no_patch:
+        # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
+        monkey.patch_all()
+    service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
+    # After the application, which may have an idea of its own; then this does nothing.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    servers = [
+        Server(
+            bind,
+            service,
+            max_message_size=max_message_size,
+            max_concurrency=max_concurrency,
+            hide_errors=hide_errors,
+        )
+        for bind in binds or [DEFAULT_BIND]
+    ]
+    _start(servers)
+    for server in servers:
+        click.echo(f"listening on {format_address(server.address)}", err=True)
+    if app is None:
+        _suggest(ctx.find_root().command_path, servers[0].address)
+    _serve_until_signal(servers, graceful_timeout)
+
+
+def _start(servers: Sequence[Server]) -> None:
+    """Start all or none."""
+    for server in servers:
+        place = format_address(server.address)
+        try:
+            server.start()
+        except OSError as exc:
+            for started in servers:
+                started.close()
+            raise Unreachable(f"can't listen on {place}: {exc.strerror or exc}; --bind names another place.") from exc
+
+
+def _suggest(program: str, address: Any) -> None:
+    """Tell what to type next, at another terminal."""
+    if isinstance(address, tuple):
+        # What stands for every address of this machine is no address to call.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+        address = (host, address[1])
+    where = shlex.quote(format_address(address))
+    methods = ", ".join(sorted(demo.service.methods))
+    click.echo(f"This is the demo, with the methods {methods}. Try, at another terminal:", err=True)
+    click.echo(f"    {program} call {where} sum 1 2 3", err=True)
+
+
+def _serve_until_signal(servers: Sequence[Server], graceful_timeout: float) -> None:
+    """Wait for SIGTERM or SIGINT, then stop all servers together; a second SIGINT stops them at once."""
+    asked = Event()
+    stops = Group()
+
+    def stop(signum: signal.Signals) -> None:
+        is_first = not asked.is_set()
+        if not is_first and signum != signal.SIGINT:
+            return
+        in_flight = sum(server.statistics()["in_flight"] for server in servers)
+        for server in servers:
+            server.close()  # Now, so that whoever reads the log knows that nobody new can connect.
+            stops.spawn(server.stop, graceful_timeout if is_first else 0)
+        asked.set()
+        if is_first:
+            logger.info(
+                "stopping on %s: %d requests in flight, %g s for them", signum.name, in_flight, graceful_timeout
+            )
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(signum, stop, signum)
+    asked.wait()
+    stops.join()
