@@ -63,8 +63,12 @@ class Reply(_AsyncResult):
         self._claim()
         self._in_own_thread(super().set, value)
 
+    set_result = set  # As gevent names it once more.
+
     def set_exception(self, exception: BaseException, exc_info: Any = None) -> None:  # type: ignore[override]
         """Answer with an error, as if the handler had raised ``exception``; raises like :meth:`error`."""
+        if not isinstance(exception, BaseException):
+            raise TypeError(f"{exception!r} is no exception")
         self._claim()
         self._in_own_thread(super().set_exception, exception, exc_info)
 
@@ -78,6 +82,9 @@ class Reply(_AsyncResult):
 
     def on_cancel(self, callback: Callable[[], Any]) -> None:
         """Have ``callback()`` called, in a greenlet of its own, when :meth:`cancelled` turns true, or now if it is."""
+        self._in_own_thread(self._add_cancel_callback, callback)
+
+    def _add_cancel_callback(self, callback: Callable[[], Any]) -> None:
         if self._is_cancelled:
             gevent.spawn(callback)
         else:
@@ -101,13 +108,15 @@ class Reply(_AsyncResult):
         # AsyncResult calls its links in the thread that sets it.
         if get_thread_ident() == self._hub.thread_ident:
             function(*args)
-        else:
-            self._hub.loop.run_callback_threadsafe(function, *args)
+        elif (loop := self._hub.loop) is not None:  # It goes when its thread ends.
+            loop.run_callback_threadsafe(function, *args)
 
     def __del__(self) -> None:
         # Garbage is collected in any thread and at any moment, and nothing here may fail on a half-made object.
         if getattr(self, "_right_to_answer", None) and self._on_drop is not None:
-            self._hub.loop.run_callback_threadsafe(self._on_drop)
+            loop = self._hub.loop
+            if loop is not None:
+                loop.run_callback_threadsafe(self._on_drop)
 
 
 class PendingCall(_AsyncResult):
