@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from types import FunctionType
+from functools import cached_property, partial
+from types import ModuleType
 from typing import Any, NoReturn
 
 from .exceptions import ErrorResponse, no_such_method
@@ -87,13 +87,20 @@ class Methods(Mapping[str, Handler]):
 
         They are listed once, now. What the class inherits, what begins with an underscore and what isn't a method (a
         property, a nested class, an attribute of the object) is left out.
+
+        Raises:
+            TypeError: there are none; a class or a module is no such object. Or an attribute of the object took the
+                place of one. Then nothing has been registered.
         """
-        own = [
-            name
-            for name, value in vars(type(obj)).items()
-            if not name.startswith("_") and isinstance(value, (FunctionType, staticmethod, classmethod))
-        ]
-        return [self.add(getattr(obj, name), prefix + name) for name in own]
+        if isinstance(obj, (type, ModuleType)):
+            raise TypeError(f"{obj!r} has no methods of its own: give an object, of which the class has them")
+        own = {prefix + name: getattr(obj, name) for name, value in vars(type(obj)).items() if _is_public(name, value)}
+        if not own:
+            raise TypeError(f"the class {type(obj).__name__!r} has no public methods of its own")
+        for name, function in own.items():
+            if not callable(function):
+                raise TypeError(f"{name!r} is a method of the class, but no more of the object")
+        return [self.add(function, name) for name, function in own.items()]
 
     def remove(self, name: str) -> None:
         """Forget the method ``name``; raises KeyError if there is none."""
@@ -110,10 +117,13 @@ class Methods(Mapping[str, Handler]):
         return table
 
 
-def params_mismatch(method: str, function: Handler, params: Sequence[Any]) -> str | None:
+def params_mismatch(
+    method: str, function: Handler, params: Sequence[Any], raised: BaseException | None = None
+) -> str | None:
     """Why ``function`` can't be called with ``params``, for the caller to read; None if it can.
 
-    It is asked only after a call has raised TypeError, to tell a wrong number of params from a fault in the handler.
+    It is asked only after a call has ``raised`` a TypeError, to tell a wrong number of params from a fault of the
+    handler.
     """
     try:
         signature = inspect.signature(function)
@@ -122,12 +132,41 @@ def params_mismatch(method: str, function: Handler, params: Sequence[Any]) -> st
     try:
         signature.bind(*params)
     except TypeError as exc:
-        shown = signature.replace(
-            parameters=[parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()],
-            return_annotation=signature.empty,
-        )
-        return f"wrong params for {method}{shown}: {exc}"
+        if _was_entered(inspect.unwrap(function), raised):
+            return None  # A decorator gave it other params, and they were right.
+        return f"wrong params for {method}{_shown(signature)}: {exc}"
     return None
+
+
+def _was_entered(function: Handler, raised: BaseException | None) -> bool:
+    """Whether ``raised`` came out of ``function``, and not out of the attempt to call it."""
+    code = getattr(function, "__code__", None)
+    traceback = raised.__traceback__ if raised is not None else None
+    while traceback is not None:
+        if traceback.tb_frame.f_code is code:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _shown(signature: inspect.Signature) -> str:
+    """``signature`` without its annotations, which say nothing to a caller in another language."""
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    bare = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    try:
+        return str(bare)
+    except Exception:  # A default that can't be shown.
+        return str(bare.replace(parameters=[_without_default(parameter) for parameter in parameters]))
+
+
+def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
+    return parameter if parameter.default is parameter.empty else parameter.replace(default=...)
+
+
+def _is_public(name: str, value: Any) -> bool:
+    """Whether what stands in a class under ``name`` is a public method: of any kind, but nothing that computes one."""
+    is_method = hasattr(value, "__get__") and not hasattr(value, "__set__") and not isinstance(value, cached_property)
+    return is_method and not name.startswith("_")
 
 
 def _raise_unknown(name: str, /, *_params: Any) -> NoReturn:

@@ -153,7 +153,7 @@ class Requests:
         elif (
             isinstance(exc, TypeError)
             and params is not None
-            and (mismatch := params_mismatch(method, self.methods[method], params)) is not None
+            and (mismatch := params_mismatch(method, self.methods[method], params, exc)) is not None
         ):
             self._counters.invalid_messages += 1
             error = mismatch
