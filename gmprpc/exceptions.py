@@ -34,7 +34,14 @@ __all__ = [
 ]
 
 
-class RPCError(Exception):
+class _Portable(Exception):
+    """Can be copied and pickled, whatever its constructor takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args, vars(self))
+
+
+class RPCError(_Portable):
     """The root of every error that gmprpc raises to a caller."""
 
 
@@ -99,7 +106,7 @@ class AlreadyAnswered(RPCError):
     """A :class:`~gmprpc.Reply` was set a second time; the first answer stands."""
 
 
-class ErrorResponse(Exception):
+class ErrorResponse(_Portable):
     """Raise it in a handler to answer with exactly ``error``, which may be any MessagePack value but nil."""
 
     def __init__(self, error: Any) -> None:
@@ -115,6 +122,13 @@ class CallCancelled(GreenletExit):
 
     Like every :exc:`greenlet.GreenletExit` it is not an :exc:`Exception`: ``except Exception`` doesn't swallow it.
     """
+
+
+def _remade(kind: type[Exception], args: tuple[Any, ...], facts: dict[str, Any]) -> Exception:
+    exc = kind.__new__(kind, *args)
+    exc.args = args
+    vars(exc).update(facts)
+    return exc
 
 
 def text_of(exc: BaseException) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgpack import Packer, Unpacker
+
 #: What a server takes in one message: the precedent of websockets and nginx. 1 MiB of empty containers already becomes
 #: 74 MiB of Python objects, so a server that faces strangers shouldn't allow much more.
 SERVER_MAX_MESSAGE_SIZE = 1024 * 1024
@@ -41,6 +43,9 @@ class ConnectionOptions:
             _check_positive("max_concurrency", self.max_concurrency)
         _check_free("packer_options", self.packer_options, _RESERVED_PACKER_OPTIONS)
         _check_free("unpacker_options", self.unpacker_options, _RESERVED_UNPACKER_OPTIONS)
+        # What msgpack doesn't take shall be known now, not when the first connection is made.
+        Packer(**self.packer_options)
+        Unpacker(**self.unpacker_options)
 
 
 def check_timeout(name: str, seconds: float | None) -> None:
@@ -50,7 +55,7 @@ def check_timeout(name: str, seconds: float | None) -> None:
 
 
 def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} has to be a whole number from 1 on, not {value!r}")
 
 
