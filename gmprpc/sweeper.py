@@ -5,6 +5,7 @@ It knows nothing of connections: anything that can be asked to rest can be watch
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any, ClassVar, Protocol
 
@@ -26,8 +27,9 @@ class Sweeper:
 
     def __init__(self, loop: Any) -> None:
         # Without a reference: waiting for the next sweep keeps no program alive.
+        self._loop = loop
         self._timer = loop.timer(self._INTERVAL, self._INTERVAL, ref=False)
-        self._awake: list[Restable] = []
+        self._awake: dict[Restable, None] = {}
 
     @classmethod
     def of(cls, hub: Any) -> Sweeper:
@@ -40,9 +42,18 @@ class Sweeper:
         """Ask ``busy`` to rest, every now and then, until it does."""
         if not self._awake:
             self._timer.start(self._sweep)
-        self._awake.append(busy)
+        self._awake[busy] = None
 
     def _sweep(self) -> None:
-        self._awake = [busy for busy in self._awake if not busy.rest()]
+        for busy in list(self._awake):
+            if self._rests(busy):
+                del self._awake[busy]
         if not self._awake:
             self._timer.stop()
+
+    def _rests(self, busy: Restable) -> bool:
+        try:
+            return busy.rest()
+        except Exception:  # The timer of a callback that raises is stopped; the others want to be asked again.
+            self._loop.handle_error(busy, *sys.exc_info())
+            return True
