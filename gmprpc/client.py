@@ -15,7 +15,14 @@ from gevent.event import AsyncResult
 from .connection import Connection
 from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed
 from .metrics import Counters
-from .options import CLIENT_MAX_MESSAGE_SIZE, MAX_CONCURRENCY, ConnectionOptions, check_timeout
+from .options import (
+    CLIENT_MAX_MESSAGE_SIZE,
+    MAX_CONCURRENCY,
+    READ_TIMEOUT,
+    WRITE_TIMEOUT,
+    ConnectionOptions,
+    check_timeout,
+)
 from .reply import PendingCall
 from .service import Service
 from .transport import UNIX_HOST, UNIX_PREFIX, PlainStream, Stream, TLSStream, connect, format_address, parse_address
@@ -65,6 +72,9 @@ class Client:
         # Timeouts
         connect_timeout: float | None = 10.0,
         timeout: float | None = None,
+        read_timeout: float | None = READ_TIMEOUT,
+        write_timeout: float | None = WRITE_TIMEOUT,
+        idle_timeout: float | None = None,
         # Limits
         max_message_size: int = CLIENT_MAX_MESSAGE_SIZE,
         max_concurrency: int | None = MAX_CONCURRENCY,
@@ -93,6 +103,9 @@ class Client:
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
+            read_timeout=read_timeout,
+            write_timeout=write_timeout,
+            idle_timeout=idle_timeout,
             reuse_greenlets=reuse_greenlets,
             hide_errors=hide_errors,
             packer_options=packer_options or {},

@@ -28,6 +28,7 @@ from gevent.event import Event
 from greenlet import getcurrent
 
 from .calls import Calls
+from .deadline import Deadline
 from .exceptions import ConnectionClosed, ProtocolError
 from .metrics import Counters
 from .options import ConnectionOptions
@@ -130,6 +131,7 @@ class Connection:
         "_counters",
         "_decoder",
         "_hub",
+        "_idle_deadline",
         "_inbox",
         "_is_aborted",
         "_is_amid_write",
@@ -140,12 +142,15 @@ class Connection:
         "_out",
         "_over",
         "_phase",
+        "_read_deadline",
         "_read_watcher",
         "_requests",
         "_stream",
         "_turn",
         "_unsent_requests",
+        "_used_at",
         "_was_active",
+        "_write_deadline",
         "_write_watcher",
         "error",
         "is_settling",
@@ -181,6 +186,8 @@ class Connection:
         self._batch_end = 0.0
         self._is_awake = False  # Looked after by the sweeper.
         self._was_active = False  # Since it looked last.
+        # The rest of a message has to come in time; time in which this side doesn't read isn't the peer's.
+        self._read_deadline = Deadline(self._loop, options.read_timeout, self._on_silence)
 
         # Carrying out requests.
         self._out: list[bytes] = []  # What is to be written at the end of the batch.
@@ -195,11 +202,14 @@ class Connection:
         self._is_amid_write = False  # A part of the backlog's first piece has been written.
         self._unsent_requests: set[int] = set()  # When the connection was lost.
         self._write_watcher: Any = None
+        self._write_deadline = Deadline(self._loop, options.write_timeout, self._on_unread)
         #: `_settle` will be called soon: at the end of a batch, or by the loop.
         self.is_settling = False
 
         # The end.
         self._phase = _OPEN
+        self._used_at = perf_counter()
+        self._idle_deadline = Deadline(self._loop, options.idle_timeout, self._on_idle)
         self._is_cut = False  # Closed by this side before it was quiet.
         self._is_aborted = False
         self._over = Event()
@@ -312,6 +322,7 @@ class Connection:
             # The first look doesn't wait for the watcher: TLS may have read more than its handshake.
             self._loop.run_callback(self._settle)
             self._loop.run_callback(self._on_readable)
+            self._idle_deadline.put_off()
             self._over.wait()
         except BaseException:  # This greenlet is killed.
             self.abort()
@@ -363,7 +374,8 @@ class Connection:
         is_full = (not idle or deferred) and requests.is_full()
         # Requests that end within this batch don't have to see to it that their answers are sent.
         self.is_settling = True
-        self._batch_end = perf_counter() + _BATCH_TIME
+        self._used_at = perf_counter()
+        self._batch_end = self._used_at + _BATCH_TIME
         left = _BATCH_MESSAGES
         try:
             for message in inbox:
@@ -396,6 +408,10 @@ class Connection:
                     break
             else:
                 self._inbox = None
+                if self._decoder.is_amid_message:
+                    self._read_deadline.put_off()
+                elif self._read_deadline.is_set:
+                    self._read_deadline.lift()
         except ProtocolError as exc:
             self._counters.protocol_errors += 1
             self._inbox = None
@@ -424,6 +440,23 @@ class Connection:
         self._counters.refused_messages += 1
         if message[1] is not None:
             self._out.append(self._requests.encoder.response(message[1], TOO_MANY_REQUESTS, None))
+
+    def _on_silence(self) -> None:
+        timeout = self._read_deadline.seconds
+        self._fall_silent(ConnectionClosed(f"the rest of a message didn't come within {timeout:g} s"))
+        self._settle()
+
+    def _on_idle(self) -> None:
+        """The idle time-out has passed since the connection was looked at last: perhaps it was quiet all along."""
+        timeout = self._idle_deadline.seconds
+        assert timeout is not None
+        left = self._used_at + timeout - perf_counter()
+        if self._requests or self._calls.pending or self._backlog or self._decoder.is_amid_message:
+            self._idle_deadline.put_off()
+        elif left > 0:
+            self._idle_deadline.put_off(left)
+        else:
+            self.finish()
 
     def _hear_end(self) -> None:
         """The peer has shut down its writing side: it may still read, but it won't answer any more."""
@@ -481,8 +514,11 @@ class Connection:
             self._is_reading = may_read
             if may_read:
                 self._read_watcher.start(self._on_readable)
+                if self._decoder.is_amid_message:
+                    self._read_deadline.put_off()
             else:
                 self._read_watcher.stop()
+                self._read_deadline.lift()
 
     def _take_turn(self) -> None:
         self._turn.close()
@@ -494,6 +530,7 @@ class Connection:
     def post(self, data: bytes) -> None:
         """Send what this side says on its own account: at once, or together with what else this batch brings."""
         self._out.append(data)
+        self._used_at = perf_counter()
         if not self.is_settling:
             self.flush()
             self.settle_soon()
@@ -530,6 +567,8 @@ class Connection:
         self._backlog.insert(0, memoryview(data)[sent:])
         self._backlog_size += len(data) - sent
         self._is_amid_write = sent > 0 or self._is_amid_write
+        if sent or not self._write_deadline.is_set:
+            self._write_deadline.put_off()
         if self._write_watcher is None:
             self._write_watcher = self._loop.io(self._stream.fileno(), _WRITE)
             self._write_watcher.start(self._on_writable)
@@ -543,7 +582,11 @@ class Connection:
         if not self._backlog and self._write_watcher is not None:
             self._write_watcher.close()
             self._write_watcher = None
+            self._write_deadline.lift()
         self._settle()
+
+    def _on_unread(self) -> None:
+        self._lose(TimeoutError(f"nothing could be written for {self._write_deadline.seconds:g} s"))
 
     # The end.
 
@@ -569,6 +612,8 @@ class Connection:
                 # Before the descriptor is closed: a watcher that outlives it fires for the next owner of its number.
                 watcher.close()
         self._write_watcher = self._turn = None
+        for deadline in (self._read_deadline, self._write_deadline, self._idle_deadline):
+            deadline.lift()
         self._backlog += self._out  # The last words; answers that come later are dropped.
         self._out.clear()
         self.settle_soon()

@@ -18,6 +18,10 @@ CLIENT_MAX_MESSAGE_SIZE = 16 * 1024 * 1024
 #: Between Envoy's 100 and the 250 of Go's HTTP/2 server.
 MAX_CONCURRENCY = 256
 
+#: How long the rest of a message, and the place for an answer, are waited for: nginx's numbers.
+READ_TIMEOUT = 60.0
+WRITE_TIMEOUT = 60.0
+
 # What msgpack's Unpacker would understand, but the framing of the stream depends on.
 _RESERVED_UNPACKER_OPTIONS = frozenset(
     ("file_like", "list_hook", "max_array_len", "max_bin_len", "max_buffer_size", "max_ext_len", "max_map_len")
@@ -32,6 +36,9 @@ class ConnectionOptions:
 
     max_message_size: int = SERVER_MAX_MESSAGE_SIZE
     max_concurrency: int | None = MAX_CONCURRENCY
+    read_timeout: float | None = READ_TIMEOUT
+    write_timeout: float | None = WRITE_TIMEOUT
+    idle_timeout: float | None = None
     reuse_greenlets: bool = True
     hide_errors: bool = False
     packer_options: Mapping[str, Any] = field(default_factory=dict)
@@ -41,6 +48,8 @@ class ConnectionOptions:
         _check_positive("max_message_size", self.max_message_size)
         if self.max_concurrency is not None:
             _check_positive("max_concurrency", self.max_concurrency)
+        for name in ("read_timeout", "write_timeout", "idle_timeout"):
+            check_timeout(name, getattr(self, name))
         _check_free("packer_options", self.packer_options, _RESERVED_PACKER_OPTIONS)
         _check_free("unpacker_options", self.unpacker_options, _RESERVED_UNPACKER_OPTIONS)
         # What msgpack doesn't take shall be known now, not when the first connection is made.
@@ -50,7 +59,7 @@ class ConnectionOptions:
 
 def check_timeout(name: str, seconds: float | None) -> None:
     """Raise ValueError unless ``seconds`` is None or a time that can pass."""
-    if seconds is not None and not seconds >= 0:
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds >= 0):
         raise ValueError(f"{name} has to be None or a number of seconds from 0 on, not {seconds!r}")
 
 

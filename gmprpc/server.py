@@ -21,7 +21,14 @@ from .connection import Connection, current_call
 from .exceptions import RPCError
 from .methods import Handler
 from .metrics import Counters
-from .options import MAX_CONCURRENCY, SERVER_MAX_MESSAGE_SIZE, ConnectionOptions, check_timeout
+from .options import (
+    MAX_CONCURRENCY,
+    READ_TIMEOUT,
+    SERVER_MAX_MESSAGE_SIZE,
+    WRITE_TIMEOUT,
+    ConnectionOptions,
+    check_timeout,
+)
 from .service import Registry, Service
 from .transport import (
     UNIX_HOST,
@@ -56,8 +63,12 @@ class Server(Registry):
       the decoded array. What it raises is the answer.
     * ``on_error(connection, exc)``, ``on_eof(connection)``: each connection ends with exactly one of them.
 
-    Limits and timeouts (seconds; None is no limit): ``max_message_size`` bytes in one message, ``max_concurrency``
-    requests and notifications in flight on one connection, ``handshake_timeout`` for TLS, ``stop_timeout`` for
+    Limits (None is no limit): ``max_message_size`` bytes in one message, ``max_concurrency`` requests and notifications
+    in flight on one connection.
+
+    Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS,
+    ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for a peer that takes no
+    answers, ``idle_timeout`` for a connection on which nothing happens and nothing is at work. ``stop_timeout`` is for
     :meth:`stop`.
 
     ``packer_options`` and ``unpacker_options`` go to msgpack's Packer and Unpacker; their hooks must not block.
@@ -81,6 +92,9 @@ class Server(Registry):
         max_concurrency: int | None = MAX_CONCURRENCY,
         # Timeouts
         handshake_timeout: float | None = 10.0,
+        read_timeout: float | None = READ_TIMEOUT,
+        write_timeout: float | None = WRITE_TIMEOUT,
+        idle_timeout: float | None = None,
         stop_timeout: float | None = 10.0,
         # Encoding
         packer_options: Mapping[str, Any] | None = None,
@@ -105,6 +119,9 @@ class Server(Registry):
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
+            read_timeout=read_timeout,
+            write_timeout=write_timeout,
+            idle_timeout=idle_timeout,
             reuse_greenlets=reuse_greenlets,
             hide_errors=hide_errors,
             packer_options=packer_options or {},

@@ -162,6 +162,70 @@ def test_what_is_written_to_a_peer_that_has_gone_ends_the_connection(service: gm
     assert pair.counters.failed_connections == 1
 
 
+# Time-outs.
+
+
+def test_half_a_message_and_then_silence_ends_the_connection(service: gmprpc.Service) -> None:
+    pair = Pair(service, read_timeout=0.05)
+    pair.peer.send_bytes(msgpack.packb([0, 1, "echo", ["whole"]]) + b"\x94\x00")
+    assert pair.peer.receive() == [1, 1, None, "whole"]
+    assert pair.peer.receive_rest() == []
+    assert str(pair.life.get()) == "the rest of a message didn't come within 0.05 s"
+    pair.close()
+
+
+def test_only_the_rest_of_a_message_is_waited_for_with_a_deadline(service: gmprpc.Service) -> None:
+    pair = Pair(service, max_concurrency=1)
+    deadline = pair.connection._read_deadline
+    data = msgpack.packb([0, 1, "echo", ["in parts"]])
+    pair.peer.send_bytes(data[:5])
+    wait_until(lambda: deadline.is_set)
+    pair.peer.send_bytes(data[5:])
+    assert pair.peer.receive() == [1, 1, None, "in parts"]
+    assert not deadline.is_set
+    # Time in which nothing is read is not the peer's.
+    pair.peer.send_bytes(msgpack.packb([0, 2, "hold", ["held"]]) + data[:5])
+    wait_until(lambda: pair.connection.in_flight == 1)
+    gevent.sleep(0)
+    assert not deadline.is_set
+    service.methods["release"]()
+    assert pair.peer.receive() == [1, 2, None, "held"]
+    wait_until(lambda: deadline.is_set)
+    pair.peer.send_bytes(data[5:])
+    assert pair.peer.receive() == [1, 1, None, "in parts"]
+    pair.close()
+    assert not deadline.is_set
+
+
+def test_a_peer_that_takes_no_answers_is_given_up(service: gmprpc.Service) -> None:
+    service.register(lambda: b"x" * 1_000_000, "give")
+    pair = Pair(service, write_timeout=0.05)
+    pair.peer.send(*([0, number, "give", []] for number in range(5)))
+    assert str(pair.life.get()) == "connection lost: nothing could be written for 0.05 s"
+    pair.close()
+
+
+def test_the_deadline_for_writing_is_lifted_when_all_is_written(service: gmprpc.Service) -> None:
+    service.register(lambda: b"x" * 1_000_000, "give")
+    pair = Pair(service)
+    deadline = pair.connection._write_deadline
+    pair.peer.send(*([0, number, "give", []] for number in range(5)))
+    wait_until(lambda: deadline.is_set)
+    assert [len(pair.peer.receive()[3]) for _ in range(5)] == [1_000_000] * 5
+    wait_until(lambda: not deadline.is_set)
+    pair.close()
+
+
+def test_an_idle_connection_ends_in_good_order_and_one_at_work_is_not_idle(service: gmprpc.Service) -> None:
+    pair = Pair(service, idle_timeout=0.02)
+    pair.peer.send([0, 1, "hold", ["held"]])
+    gevent.sleep(0.1)
+    service.methods["release"]()
+    assert pair.peer.receive_rest() == [[1, 1, None, "held"]]
+    pair.close()
+    assert pair.life.get() is None
+
+
 # Ends.
 
 

@@ -30,11 +30,12 @@ FLOORS: dict[str, int] = {
     "options": 1,
     "metrics": 1,
     "sweeper": 1,
+    "deadline": 1,
     "exceptions": 0,
 }
 
 #: Modules without I/O, clock or greenlets: they can be tested with bytes alone, and used under any event loop.
-PURE = {"protocol", "methods", "exceptions", "options", "metrics", "sweeper"}
+PURE = {"protocol", "methods", "exceptions", "options", "metrics", "sweeper", "deadline"}
 
 IMPURITIES = {"gevent", "greenlet", "socket", "time"}
 
