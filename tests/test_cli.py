@@ -368,6 +368,20 @@ def test_environment_has_a_name_for_each_bind_and_limit(app_dir: Path, tmp_path:
         served.expect("stopping on SIGTERM: 0 requests in flight, 7 s for them")
 
 
+@pytest.mark.parametrize("by_option", [True, False])
+def test_time_limits_reach_the_connections(by_option: bool) -> None:
+    limits = {"idle-timeout": "0.01"}, {"read-timeout": "0.01"}
+    for limit, data in zip(limits, (b"", b"\x94\x00"), strict=True):
+        ((name, value),) = limit.items()
+        options = [f"--{name}={value}"] if by_option else []
+        env = {} if by_option else {f"GMPRPC_{name.upper().replace('-', '_')}": value}
+        with Served("serve", *options, "-b", ANY_PORT, env=env) as served:
+            host, port = served.addresses[0].split(":")
+            with socket.create_connection((host, int(port))) as sock:
+                sock.sendall(data)
+                assert sock.recv(1) == b""
+
+
 def test_option_outweighs_environment(app_dir: Path) -> None:
     with (
         serving_app(app_dir, "--max-message-size", "200", env={"GMPRPC_MAX_MESSAGE_SIZE": "100"}) as served,

@@ -14,7 +14,7 @@ from gevent import monkey
 from gevent.event import Event
 from gevent.pool import Group
 
-from gmprpc.options import MAX_CONCURRENCY, SERVER_MAX_MESSAGE_SIZE
+from gmprpc.options import MAX_CONCURRENCY, READ_TIMEOUT, SERVER_MAX_MESSAGE_SIZE, WRITE_TIMEOUT
 from gmprpc.server import Server
 from gmprpc.transport import format_address
 
@@ -70,6 +70,32 @@ DEFAULT_BIND = "127.0.0.1:4423"
     help="Requests in flight on one connection; further ones wait unread.",
 )
 @click.option(
+    "--read-timeout",
+    type=parameters.seconds,
+    default=READ_TIMEOUT,
+    envvar="GMPRPC_READ_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="Close a connection on which the rest of a message doesn't come.",
+)
+@click.option(
+    "--write-timeout",
+    type=parameters.seconds,
+    default=WRITE_TIMEOUT,
+    envvar="GMPRPC_WRITE_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="Close a connection whose peer doesn't take its answers.",
+)
+@click.option(
+    "--idle-timeout",
+    type=parameters.seconds,
+    envvar="GMPRPC_IDLE_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="Close a connection on which nothing happens; never by default.",
+)
+@click.option(
     "--graceful-timeout",
     type=parameters.seconds,
     default=30.0,
@@ -95,6 +121,9 @@ def serve(
     no_patch: bool,
     max_message_size: int,
     max_concurrency: int,
+    read_timeout: float,
+    write_timeout: float,
+    idle_timeout: float | None,
     graceful_timeout: float,
     hide_errors: bool,
 ) -> None:
@@ -118,6 +147,9 @@ def serve(
             service,
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
+            read_timeout=read_timeout,
+            write_timeout=write_timeout,
+            idle_timeout=idle_timeout,
             hide_errors=hide_errors,
         )
         for bind in binds or [DEFAULT_BIND]
