@@ -15,6 +15,7 @@ from gevent import getcurrent
 from greenlet import greenlet
 
 from .exceptions import CallTimeout, ConnectionClosed, RemoteError
+from .options import check_timeout
 from .protocol import Encoder, next_msgid, result_of
 from .reply import PendingCall
 
@@ -56,10 +57,13 @@ class Calls:
         caller = getcurrent()
         if caller is self._hub:
             raise RuntimeError("call() would block the hub: use call_async() in callbacks of the loop")
+        check_timeout("timeout", timeout)
         msgid = self._send(method, params, caller.switch)
-        timer = None if timeout is None else self._start_timer(msgid, method, timeout)
+        timer: Any = None
         outcome: Any = None
         try:
+            if timeout is not None:
+                timer = self._start_timer(msgid, method, timeout)
             # The hub switches straight into the caller, with the outcome. Any other switch is a stray.
             while msgid in self.pending:
                 outcome = switch(self._hub)
@@ -75,6 +79,7 @@ class Calls:
 
     def send(self, call: PendingCall, params: tuple[Any, ...], timeout: float | None) -> None:
         """Send the request for ``call``, which gets the outcome; see :meth:`gmprpc.Connection.call_async`."""
+        check_timeout("timeout", timeout)
         msgid = self._send(call.method, params, partial(_complete, call))
         call._forget = partial(self._forget, msgid)
         if timeout is not None:
@@ -103,7 +108,7 @@ class Calls:
         return msgid
 
     def _start_timer(self, msgid: int, method: str, timeout: float) -> Any:
-        timer = self._hub.loop.timer(max(timeout, 0.0))
+        timer = self._hub.loop.timer(timeout)
         timer.start(self._expire, msgid, method, timeout)
         return timer
 

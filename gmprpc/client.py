@@ -13,7 +13,7 @@ from gevent import Greenlet
 from gevent.event import AsyncResult
 
 from .connection import Connection
-from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed
+from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed, text_of
 from .metrics import Counters
 from .options import (
     CLIENT_MAX_MESSAGE_SIZE,
@@ -114,9 +114,11 @@ class Client:
         self._table = self.service.table()
         self._counters = Counters()
         self._connection: Connection | None = None
-        self._life: Greenlet[..., None] | None = None
+        # The greenlets of this connection and of those before that still answer something.
+        self._lives: dict[Greenlet[..., None], Connection] = {}
         # The attempt to connect that is under way, for all who wait for it, and the calls to send when it succeeds.
         self._attempt: AsyncResult[Connection] | None = None
+        self._connecting: Any = None
         self._queue: list[_QueuedCall] = []
         self._is_closed = False
 
@@ -205,11 +207,16 @@ class Client:
         May be called any number of times. Calls from now on raise ConnectionClosed, until :meth:`connect`.
         """
         self._is_closed = True
-        self._fail_queue(ConnectionClosed("the client was closed"))
-        if self._connection is not None:
-            self._connection.close()
-        if self._life is not None and gevent.getcurrent() is not self._life:
-            self._life.join()
+        closed = ConnectionClosed("the client was closed")
+        if self._attempt is not None:
+            self._attempt.set_exception(closed)
+            self._attempt = None
+            self._connecting.kill(block=False)
+        self._fail_queue(closed)
+        for connection in self._lives.values():
+            connection.close()
+        current: Any = gevent.getcurrent()
+        gevent.joinall([life for life in self._lives if life is not current])
 
     @property
     def is_connected(self) -> bool:
@@ -250,26 +257,33 @@ class Client:
         if self._attempt is None:
             # In a greenlet of its own: the caller who came first may lose patience, the others still wait.
             self._attempt = AsyncResult()
-            gevent.spawn(self._connect, self._attempt)
+            self._connecting = gevent.spawn(self._connect, self._attempt)
+        elif gevent.getcurrent() is self._connecting:
+            raise RuntimeError("a hook can't call: there is no connection yet")
         return self._attempt
 
     def _connect(self, attempt: AsyncResult[Connection]) -> None:
         try:
             stream = self._open_stream()
-        except Exception as exc:
+        except BaseException as exc:
+            if self._attempt is not attempt:
+                return  # Closed meanwhile: nobody waits any more.
             self._attempt = None
+            if not isinstance(exc, Exception):  # A hook's, or this greenlet was killed.
+                exc = ConnectFailed(f"can't connect to {format_address(self.address)}: {text_of(exc)}")
             self._fail_queue(exc)
             attempt.set_exception(exc)
             self._run_on_error(exc)
             return
-        self._attempt = None
-        if self._is_closed:
+        if self._attempt is not attempt:
             stream.close()
-            attempt.set_exception(ConnectionClosed("the client was closed"))
             return
+        self._attempt = None
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=self.address)
         self._connection = connection
-        self._life = gevent.spawn(self._live, connection)
+        life = gevent.spawn(self._live, connection)
+        self._lives[life] = connection
+        life.rawlink(self._lives.pop)
         queue, self._queue = self._queue, []
         for queued in queue:
             queued.send(connection)

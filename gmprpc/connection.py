@@ -144,6 +144,7 @@ class Connection:
         "_phase",
         "_read_deadline",
         "_read_watcher",
+        "_refusals_size",
         "_requests",
         "_stream",
         "_turn",
@@ -199,6 +200,7 @@ class Connection:
         # Writing.
         self._backlog: list[bytes | memoryview] = []  # What the kernel didn't take; then everything goes here.
         self._backlog_size = 0
+        self._refusals_size = 0  # Of what was refused since all had been written.
         self._is_amid_write = False  # A part of the backlog's first piece has been written.
         self._unsent_requests: set[int] = set()  # When the connection was lost.
         self._write_watcher: Any = None
@@ -371,7 +373,9 @@ class Connection:
         self._was_active = True
         requests, pending = self._requests, self._calls.pending
         idle, deferred = requests.idle, requests.deferred
-        is_full = (not idle or deferred) and requests.is_full()
+        # With too much unsent, what is read is read for the answers to this side's calls.
+        is_choked = self._backlog_size > _HIGH_WATER_SIZE
+        is_full = is_choked or ((not idle or deferred) and requests.is_full())
         # Requests that end within this batch don't have to see to it that their answers are sent.
         self.is_settling = True
         self._used_at = perf_counter()
@@ -403,7 +407,7 @@ class Connection:
                     break
                 # No place left: the rest waits where it is, and what isn't read yet in the kernel. But while a call of
                 # this side is pending its answer has to be read, or calls that call back would wait for each other.
-                is_full = (not idle or deferred) and requests.is_full()
+                is_full = is_choked or ((not idle or deferred) and requests.is_full())
                 if is_full and not pending:
                     break
             else:
@@ -439,7 +443,9 @@ class Connection:
     def _refuse(self, message: Message) -> None:
         self._counters.refused_messages += 1
         if message[1] is not None:
-            self._out.append(self._requests.encoder.response(message[1], TOO_MANY_REQUESTS, None))
+            answer = self._requests.encoder.response(message[1], TOO_MANY_REQUESTS, None)
+            self._out.append(answer)
+            self._refusals_size += len(answer)
 
     def _on_silence(self) -> None:
         timeout = self._read_deadline.seconds
@@ -492,9 +498,12 @@ class Connection:
         if self._phase == _CLOSED:
             self._clear_away()
             return
-        may_read = self._backlog_size <= _HIGH_WATER_SIZE and (
-            bool(self._calls.pending) or not self._requests.is_full()
-        )
+        if self._calls.pending:
+            # Also with much unsent: the peer may do the same, and then neither would read. But it gets no more than so
+            # many refusals that it doesn't take.
+            may_read = self._refusals_size <= _HIGH_WATER_SIZE
+        else:
+            may_read = self._backlog_size <= _HIGH_WATER_SIZE and not requests.is_full()
         if self._inbox is not None:
             if may_read and self._turn is None:
                 # A zero timer, since callbacks of the loop don't let timers and other sockets in.
@@ -538,7 +547,7 @@ class Connection:
     def flush(self) -> None:
         """Write what has gathered, as far as it goes without waiting."""
         out = self._out
-        if not out:
+        if not out or self._phase == _CLOSED:
             return
         if self._backlog:
             self._backlog += out
@@ -583,6 +592,7 @@ class Connection:
             self._write_watcher.close()
             self._write_watcher = None
             self._write_deadline.lift()
+            self._refusals_size = 0
         self._settle()
 
     def _on_unread(self) -> None:

@@ -5,7 +5,9 @@ It knows no socket: answers go into a list, and the connection is told when ther
 
 from __future__ import annotations
 
+import dis
 import logging
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,8 @@ DROPPED_REPLY: Final = "the reply was dropped unanswered"
 
 # An answer of this size doesn't wait for others to be sent together with it. Picked arbitrarily.
 _LARGE_ANSWER = 16 * 1024
+
+_RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
 # What a handler may return to have it answered later.
 _DEFERRED = (AsyncResult, Greenlet)
@@ -148,8 +152,8 @@ class Requests:
         if isinstance(exc, UnknownMethod):
             self._counters.unknown_methods += 1
             error = exc.error
-        elif isinstance(exc, ErrorResponse):
-            error = exc.error
+        elif isinstance(exc, ErrorResponse) and _error_of(exc) is not None:
+            error = _error_of(exc)
         elif (
             isinstance(exc, TypeError)
             and params is not None
@@ -200,8 +204,8 @@ class Requests:
                 self.out.append(self.encoder.response(msgid, None, result.value))
             except Exception as packing:
                 exc = packing
-        if isinstance(exc, ErrorResponse) and msgid is not None:
-            self.out.append(self._error_response(msgid, exc.error))
+        if isinstance(exc, ErrorResponse) and _error_of(exc) is not None and msgid is not None:
+            self.out.append(self._error_response(msgid, _error_of(exc)))
         elif exc is not None:
             # Not from here, the hub: it has to be logged.
             gevent.spawn(self._fail_deferred, key, msgid, method, exc)
@@ -295,12 +299,32 @@ class RequestGreenlet(_Greenlet):
         _, msgid, method, params = self.message
         # Who is killed shall die, when it has answered.
         self.is_retired |= isinstance(exc, GreenletExit)
+        if isinstance(exc, KeyboardInterrupt) and _has_struck(exc):
+            self.requests.hub.loop.run_callback(self.requests.hub.handle_system_error, type(exc), exc)
         try:
             self.requests.fail(msgid, method, params, exc)
         except BaseException as log_exc:  # The answer stands by now; the log has failed, or this was killed in it.
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
                 self.requests.hub.handle_error(self, *sys.exc_info())
+
+
+def _error_of(exc: ErrorResponse) -> Any:
+    """What ``exc`` is to answer; None if a subclass has forgotten to say."""
+    return getattr(exc, "error", None)
+
+
+def _has_struck(exc: KeyboardInterrupt) -> bool:
+    """Whether ``exc`` comes from Ctrl-C, which struck whatever ran just then, and wasn't raised by a statement.
+
+    Python's own handler of SIGINT raises between two instructions. (`serve_forever` has a handler of its own.)
+    """
+    traceback = exc.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return False
+    return traceback.tb_frame.f_code.co_code[traceback.tb_lasti] != _RAISE
 
 
 def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -193,8 +193,9 @@ class Server(Registry):
         acceptor = StreamServer(listener, self._serve, spawn=spawn)
         acceptor.start()
         self._acceptor = acceptor
-        if isinstance(acceptor.address, str) and listener is not self._listener:
-            self._socket_file = acceptor.address, file_identity(acceptor.address)
+        if isinstance(self._listener, str) and self._listener.startswith(UNIX_PREFIX):
+            path = str(acceptor.address)
+            self._socket_file = path, file_identity(path)
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
         """Serve until :meth:`stop` is called, or SIGTERM or SIGINT comes.
@@ -238,13 +239,18 @@ class Server(Registry):
 
         Accepting ends at once. Everything that has been received is answered, then each connection is closed. What is
         still at work after ``timeout`` seconds (by default ``stop_timeout``) is cut. May be called any number of times
-        and from anywhere; a call with a shorter timeout cuts short one that waits. Called by a handler it returns 0 at
-        once, so that the handler's own answer can be waited for.
+        and from anywhere; a call with a shorter timeout cuts short one that waits. Called by a handler or a hook it
+        returns 0 at once, since it is one of those that have to be waited for.
         """
-        timeout = self.stop_timeout if timeout is None else timeout
-        if _is_in_handler():
-            gevent.spawn(self.stop, timeout)
+        # In a greenlet of its own: whoever waits for it may lose patience.
+        stopping = gevent.spawn(self._stop, self.stop_timeout if timeout is None else timeout)
+        current: Any = gevent.getcurrent()
+        if _is_in_handler() or current in self._handlers:
             return 0
+        cut: int = stopping.get()
+        return cut
+
+    def _stop(self, timeout: float | None) -> int:
         self._is_stopping = True
         self.close()
         gevent.killall(self._handshakes, block=False)  # Nothing has been received.

@@ -102,12 +102,14 @@ class PlainStream:
         return bytes(self._buffer[: self._recv_into(self._buffer)])
 
     def finish(self, data: bytes, *, linger: bool) -> None:
-        with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
-            send_all(self, data)
-            self._socket.shutdown(stdlib_socket.SHUT_WR)
-            while linger and _recv_waiting(self):
-                pass
-        self.close()
+        try:
+            with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
+                send_all(self, data)
+                self._socket.shutdown(stdlib_socket.SHUT_WR)
+                while linger and _recv_waiting(self):
+                    pass
+        finally:
+            self.close()
 
     def shutdown_read(self) -> None:
         """Take nothing more in: from now on `recv` gives the end."""
@@ -115,6 +117,9 @@ class PlainStream:
             self._socket.shutdown(stdlib_socket.SHUT_RD)
 
     def close(self) -> None:
+        # A process that was forked off holds the socket, too: closing alone wouldn't tell the peer.
+        with suppress(OSError):
+            self._socket.shutdown(stdlib_socket.SHUT_RDWR)
         self._socket.close()
 
 
@@ -195,7 +200,13 @@ class TLSStream:
             record = view[sent : sent + _RECORD_SIZE]
             self._tls.write(record)
             self._encrypted = self._outgoing.read()
-            if not self._flush():
+            try:
+                is_gone = self._flush()
+            except OSError:
+                if sent:
+                    return sent  # Some of it has left; the next attempt raises.
+                raise
+            if not is_gone:
                 # It counts as sent once it has left: until then the caller has a reason to come back.
                 self._owned_up = len(record)
                 break
@@ -203,11 +214,15 @@ class TLSStream:
         return sent
 
     def finish(self, data: bytes, *, linger: bool) -> None:
-        with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
-            send_all(self, data)
-            with suppress(ssl.SSLError):
-                self._tls.unwrap()
-            send_all(self._stream, self._outgoing.read())
+        try:
+            with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
+                send_all(self, data)
+                with suppress(ssl.SSLError):
+                    self._tls.unwrap()
+                send_all(self._stream, self._outgoing.read())
+        except BaseException:
+            self.close()
+            raise
         self._stream.finish(b"", linger=linger)
 
     def close(self) -> None:
@@ -349,6 +364,7 @@ def open_listener(listener: Any) -> Any:
         ValueError: it is no address.
     """
     if hasattr(listener, "accept"):
+        listener.setblocking(False)  # StreamServer accepts until there is nothing to accept.
         return listener
     if isinstance(listener, str) and listener.startswith(UNIX_PREFIX):
         path = listener.removeprefix(UNIX_PREFIX)

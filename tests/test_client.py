@@ -234,6 +234,14 @@ def test_connecting_times_out(scripted: Scripted) -> None:
     wait_until(lambda: client._attempt is None)
 
 
+@pytest.mark.parametrize("timeout", ["5", -1, float("nan")])
+def test_a_time_out_that_is_none_is_refused_before_anything_is_sent(client: gmprpc.Client, timeout: Any) -> None:
+    for call in (client.call, client.call_async):
+        with pytest.raises(ValueError, match="timeout has to be None or a number of seconds"):
+            call("echo", 1, timeout=timeout)
+    assert client.statistics()["pending"] == 0
+
+
 # Connecting.
 
 
@@ -355,6 +363,51 @@ def test_close_while_connecting_ends_the_calls_that_wait(server: gmprpc.Server) 
         waiting.get()
 
 
+def test_close_ends_a_call_that_waits_for_a_connection_at_once(service: gmprpc.Service) -> None:
+    never = Event()
+    client = gmprpc.Client(free_address(), before_connect=lambda client, sock: never.wait())
+    waiting = gevent.spawn(client.call, "echo", 1)
+    gevent.sleep(0)
+    client.close()
+    with pytest.raises(gmprpc.ConnectionClosed, match="the client was closed"):
+        waiting.get()
+
+
+def test_close_closes_a_connection_of_old_that_still_answers_something(scripted: Scripted) -> None:
+    service = gmprpc.Service()
+    never = Event()
+    service.register(lambda: never.wait(), "never")
+    client = gmprpc.Client(scripted.address, service=service).connect()
+    first = scripted.accept()
+    first.send([0, 1, "never", []])
+    first.shutdown()
+    old = client.connection
+    assert old is not None
+    wait_until(lambda: not client.is_connected)
+    client.connect()
+    scripted.accept().close()
+    client.close()
+    assert old.is_closed
+    assert first.receive_rest() == []
+
+
+@pytest.mark.parametrize("exc", [gevent.Timeout(1), gevent.GreenletExit("x"), SystemExit(1), ValueError("x")], ids=repr)
+def test_a_hook_that_raises_fails_the_calls_that_wait(server: gmprpc.Server, exc: BaseException) -> None:
+    def hook(client: gmprpc.Client, sock: socket.socket) -> None:
+        raise exc
+
+    client = gmprpc.Client(server.address, before_connect=hook)
+    for _ in range(2):
+        with pytest.raises((gmprpc.ConnectFailed, ValueError)):
+            client.call("echo", 1)
+
+
+def test_a_hook_that_calls_is_told_that_it_cant(server: gmprpc.Server) -> None:
+    client = gmprpc.Client(server.address, after_connect=lambda client, sock: client.call("login"))
+    with pytest.raises(RuntimeError, match="a hook can't call"):
+        client.call("echo", 1)
+
+
 # The end of the connection.
 
 
@@ -464,6 +517,14 @@ def test_answers_for_nobody_are_counted_and_harm_nobody(scripted: Scripted) -> N
         assert call.get() == "yes"
         wait_until(lambda: client.statistics()["late_answers"] == 2)
         assert client.is_connected
+
+
+def test_more_calls_than_both_sides_can_buffer_are_all_answered(client: gmprpc.Client) -> None:
+    # Neither side may stop reading because the other one doesn't.
+    calls = [client.call_async("echo", b"x" * 65_536) for _ in range(500)]
+    assert all(call.get() == b"x" * 65_536 for call in calls)
+    calls = [client.call_async("echo", number) for number in range(50_000)]
+    assert [call.get() for call in calls] == list(range(50_000))
 
 
 # Both directions.

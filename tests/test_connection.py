@@ -10,6 +10,7 @@ import gevent
 import msgpack
 import pytest
 from gevent import socket
+from gevent.event import Event
 
 import gmprpc
 from gmprpc.connection import Connection
@@ -254,6 +255,36 @@ def test_close_may_be_called_by_a_handler_any_number_of_times(service: gmprpc.Se
     assert pair.counters.dropped_answers == 1
     with pytest.raises(gmprpc.ConnectionClosed, match="the connection is closed"):
         pair.connection.notify("late")
+
+
+def test_a_large_answer_after_the_close_is_dropped_though_writing_is_not_done(service: gmprpc.Service) -> None:
+    go = Event()
+    service.register(lambda: go.wait() and b"B" * 200_000, "late")
+    service.register(lambda: b"A" * 3_000_000, "early")
+    pair = Pair(service)
+    pair.peer.send([0, 1, "late", []], [0, 2, "early", []])
+    wait_until(lambda: pair.connection._backlog)
+    pair.connection.close()
+    go.set()
+    assert [answer[1] for answer in pair.peer.receive_rest()] == [2]
+    assert pair.counters.dropped_answers == 1
+    pair.close()
+
+
+def test_refusals_that_nobody_reads_are_bounded(service: gmprpc.Service) -> None:
+    service.register(lambda: b"x" * 1_000_000, "give")
+    service.register(lambda: gmprpc.current_call().connection.call("question"), "ask")
+    pair = Pair(service)
+    pair.peer.send([0, 1, "ask", []])
+    assert pair.peer.receive()[2] == "question"
+    pair.peer.send(*([0, number, "give", []] for number in range(10)))
+    wait_until(lambda: pair.connection._backlog)
+    # A call is pending, so reading goes on; but not for ever.
+    flood = gevent.spawn(pair.peer.send, *[[0, 5, "give", []]] * 1_000_000)
+    wait_until(lambda: not pair.connection._is_reading and pair.connection._turn is None)
+    assert pair.connection._backlog_size < 4_000_000
+    flood.kill()
+    pair.close()
 
 
 def test_finish_reads_what_was_sent_even_beyond_max_concurrency(service: gmprpc.Service) -> None:

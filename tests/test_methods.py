@@ -223,6 +223,37 @@ def test_a_method_with_a_cache_is_a_method() -> None:
     assert methods["partial"](2) == (1, 2)
 
 
+class lazy:  # noqa: N801
+    """A property as many libraries have it: only read, and computed when it is asked for."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __get__(self, obj: Any, cls: Any = None) -> Any:
+        return self if obj is None else self.function(obj)
+
+
+@pytest.mark.xfail(strict=True, reason="whatever has `__get__` is taken for a method, asked for, and even registered")
+def test_what_is_computed_is_no_method_whoever_made_it() -> None:
+    looked: list[str] = []
+
+    class Service:
+        @lazy
+        def secret(self) -> Any:
+            looked.append("secret")
+            return lambda: "secret"
+
+        @lazy
+        def value(self) -> Any:
+            looked.append("value")
+            return 5
+
+        def ping(self) -> None: ...
+
+    assert Methods().add_object(Service()) == ["ping"]
+    assert looked == []
+
+
 @pytest.mark.parametrize("obj", [Greeter, functools], ids=["class", "module"])
 def test_an_object_without_methods_is_an_error(obj: Any) -> None:
     with pytest.raises(TypeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import signal
 import weakref
 from typing import Any
 
@@ -401,3 +402,30 @@ def test_recursion_to_the_limit_is_an_error_answer(service: gmprpc.Service, peer
 
     assert peer.call("recurse")[2].startswith("RecursionError: maximum recursion depth exceeded")
     assert peer.call("echo", "next") == [1, 0, None, "next"]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_error_response_that_forgot_its_error_is_a_fault(service: gmprpc.Service, peer: Peer, later: bool) -> None:
+    class Forgetful(gmprpc.ErrorResponse):
+        def __init__(self) -> None:
+            pass
+
+    @service.method(deferred=True)
+    def refuse(reply: gmprpc.Reply) -> None:
+        if not later:
+            raise Forgetful
+        reply.set_exception(Forgetful())
+
+    assert peer.call("refuse") == [1, 0, "Forgetful", None]
+
+
+def test_a_ctrl_c_that_strikes_a_handler_is_not_the_handlers(service: gmprpc.Service, peer: Peer) -> None:
+    @service.method
+    def compute() -> None:
+        signal.raise_signal(signal.SIGINT)
+        sum(range(1000))
+
+    peer.send([0, 1, "compute", []])
+    with pytest.raises(KeyboardInterrupt):
+        peer.receive()
+    assert peer.receive() == [1, 1, "KeyboardInterrupt", None]

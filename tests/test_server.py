@@ -50,8 +50,7 @@ def test_it_listens_on_every_form_of_address(service: gmprpc.Service, listener: 
 
 
 def test_it_listens_on_a_socket(service: gmprpc.Service) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setblocking(False)
+    listener = socket.create_server(("127.0.0.1", 0))  # A blocking one, of the standard library.
     serve_once(gmprpc.Server(listener, service))
     listener.close()
 
@@ -75,6 +74,15 @@ def test_it_listens_on_a_unix_socket_and_removes_its_file(service: gmprpc.Servic
     assert peers == [f"unix:{path}"]
     assert not path.exists()
     serve_once(server)
+
+
+def test_the_file_of_a_descriptor_that_was_handed_over_stays(service: gmprpc.Service, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        serve_once(gmprpc.Server(f"fd://{os.dup(listener.fileno())}", service))
+        assert path.exists()
 
 
 def test_a_stale_unix_socket_is_replaced_and_a_live_one_refused(service: gmprpc.Service, tmp_path: Path) -> None:
@@ -269,8 +277,7 @@ def test_stop_answers_everything_that_has_been_received(service: gmprpc.Service,
     late = Peer.connect(server.address)
     late.send([0, 3, "echo", ["not accepted yet"]])
     stopping = gevent.spawn(server.stop)
-    gevent.sleep(0)
-    assert not server.started
+    wait_until(lambda: not server.started)
     with pytest.raises(ConnectionRefusedError):
         Peer.connect(server.address)
     assert late.receive_rest() == [[1, 3, None, "not accepted yet"]]
@@ -314,6 +321,30 @@ def test_stop_may_be_called_by_a_handler_which_is_still_answered(
         peer.send([0, 1, "stop", []])
         assert peer.receive_rest() == [[1, 1, None, 0]]
     wait_until(lambda: not server.connections)
+
+
+def test_stop_may_be_called_by_a_hook(service: gmprpc.Service) -> None:
+    stopped: list[int] = []
+    server = gmprpc.Server(("127.0.0.1", 0), service, on_eof=lambda connection: stopped.append(server.stop()))
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    Peer.connect(server.address).close()
+    serving.get()
+    assert stopped == [0]
+
+
+def test_a_stop_of_which_the_caller_loses_patience_goes_on(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "hold", ["held"]])
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        with pytest.raises(gevent.Timeout), gevent.Timeout(0.01):
+            server.stop()
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    serving.get()
 
 
 def test_serve_forever_returns_when_the_server_is_stopped(service: gmprpc.Service) -> None:
