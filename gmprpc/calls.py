@@ -109,7 +109,8 @@ class Calls:
 
     def _start_timer(self, msgid: int, method: str, timeout: float) -> Any:
         timer = self._hub.loop.timer(timeout)
-        timer.start(self._expire, msgid, method, timeout)
+        # From now on, and not from when the loop last looked at the clock.
+        timer.start(self._expire, msgid, method, timeout, update=True)
         return timer
 
     def _expire(self, msgid: int, method: str, timeout: float) -> None:
@@ -127,6 +128,8 @@ class Calls:
 
 def _complete(call: PendingCall, outcome: Any) -> None:
     """Pass the outcome of a call on to who waits for it."""
+    if call.ready():  # Cancelled at the last moment.
+        return
     if isinstance(outcome, Exception):
         call.set_exception(outcome)
         return

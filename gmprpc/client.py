@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import ssl
+import weakref
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Self
@@ -159,13 +162,15 @@ class Client:
 
         Raises:
             ConnectionClosed: the client is closed.
-            TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
+            TypeError, ValueError, OverflowError: the params can't be packed (``get`` raises it, where there is no
+                connection yet). Nothing was sent.
         """
         if timeout is _DEFAULT:
             timeout = self.timeout
         connection = self._connection
         if connection is not None and connection.is_open:
             return connection.call_async(method, *params, timeout=timeout)
+        check_timeout("timeout", timeout)
         self._begin_to_connect()
         queued = _QueuedCall(PendingCall(method), params, timeout)
         queued.pending._forget = queued.give_up
@@ -175,7 +180,8 @@ class Client:
     def notify(self, method: str, *params: Any) -> None:
         """Call ``method`` without an answer: whether it arrives and succeeds can't be known.
 
-        Waits for the connection, if there is none yet; raises like :meth:`call`, but for what an answer would bring.
+        Waits for the connection, if there is none yet; raises like :meth:`call`, but for what an answer would bring. It
+        leaves at the latest when this greenlet waits for something, when the client is closed, or at exit.
         """
         connection = self._connection
         if connection is None or not connection.is_open:
@@ -281,6 +287,7 @@ class Client:
         self._attempt = None
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=self.address)
         self._connection = connection
+        _connections.add(connection)
         life = gevent.spawn(self._live, connection)
         self._lives[life] = connection
         life.rawlink(self._lives.pop)
@@ -336,6 +343,19 @@ class Client:
             queued.fail(exc)
 
 
+# Those that may hold something back until the loop runs again, which at exit it doesn't.
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _flush_all() -> None:
+    for connection in _connections:
+        connection.flush()
+
+
+atexit.register(_flush_all)
+os.register_at_fork(after_in_child=_connections.clear)  # They are the parent's to flush.
+
+
 class Proxy:
     """A method by its name, built up from attributes; calling it calls the method."""
 
@@ -370,7 +390,7 @@ class _QueuedCall:
         self._timer: Any = None
         if timeout is not None:
             self._timer = gevent.get_hub().loop.timer(timeout)
-            self._timer.start(self.fail, CallTimeout(pending.method, timeout))
+            self._timer.start(self.fail, CallTimeout(pending.method, timeout), update=True)
 
     def send(self, connection: Connection) -> None:
         if self.pending.ready():

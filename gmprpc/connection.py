@@ -423,6 +423,9 @@ class Connection:
         except BaseException:
             # Not a handler's doing, its greenlet answers for that: a caller's greenlet that isn't gevent's has died.
             self._hub.handle_error(self, *sys.exc_info())
+            if getattr(inbox, "gi_frame", None) is None and self._phase < _CLOSED:
+                # Or Ctrl-C struck while a message was decoded: what comes next in the stream isn't known any more.
+                self._lose(RuntimeError("interrupted while decoding"))
         self._settle()
 
     def _reject(self, message: Message) -> None:
@@ -474,8 +477,8 @@ class Connection:
 
     def _fall_silent(self, error: Exception | None) -> None:
         """Take no more messages; what was received is still answered."""
-        self._phase = _DEAF
-        self.error = error
+        self._phase = max(self._phase, _DEAF)
+        self.error = self.error or error
         self._calls.fail_all(self.error, self._unsent_requests)
 
     # Between the batches, in the hub.
@@ -609,7 +612,7 @@ class Connection:
         self._unsent_requests.update(requests_in(b"".join([*unsent, *self._out])))
         self._backlog.clear()
         self._out.clear()
-        self._end(error)
+        self._end(self.error or error)
 
     def _end(self, error: Exception | None) -> None:
         """Stop; from any greenlet, so nothing is switched into here."""

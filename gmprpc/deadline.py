@@ -31,7 +31,7 @@ class Deadline:
             return
         self.lift()
         self._timer = self._loop.timer(self.seconds if seconds is None else seconds)
-        self._timer.start(self._pass)
+        self._timer.start(self._pass, update=True)  # From now on, not from when the loop last looked at the clock.
         self.is_set = True
 
     def lift(self) -> None:

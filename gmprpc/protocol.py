@@ -348,7 +348,7 @@ _HOOKS: Final = frozenset(("object_hook", "object_pairs_hook", "ext_hook"))
 class _HookError(Exception):
     """A hook has raised ``cause``."""
 
-    def __init__(self, cause: Exception) -> None:
+    def __init__(self, cause: BaseException) -> None:
         super().__init__(cause)
         self.cause = cause
 
@@ -361,7 +361,7 @@ def _guarded(hook: Any) -> Any:
     def call(*args: Any) -> Any:
         try:
             return hook(*args)
-        except Exception as exc:
+        except BaseException as exc:  # Out of step it would be after any of them.
             raise _HookError(exc) from exc
 
     return call

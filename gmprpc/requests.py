@@ -39,6 +39,9 @@ _LARGE_ANSWER = 16 * 1024
 
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
+# A packer keeps the largest buffer that it ever needed; past this size it isn't kept itself. Picked arbitrarily.
+_KEPT_SIZE = 256 * 1024
+
 # What a handler may return to have it answered later.
 _DEFERRED = (AsyncResult, Greenlet)
 
@@ -182,7 +185,7 @@ class Requests:
         completed = partial(self._answer_deferred, key, msgid, method)
         if isinstance(result, Reply):
             self.deferred[key] = weakref.ref(result)
-            result._on_drop = partial(completed, None)
+            result._on_drop = _both(result._on_drop, partial(completed, None))
         else:
             self.deferred[key] = result
         result.rawlink(completed)
@@ -279,6 +282,8 @@ class RequestGreenlet(_Greenlet):
                         out.append(answer)
                         if len(answer) > _LARGE_ANSWER:
                             owner.flush()
+                            if len(answer) > _KEPT_SIZE:
+                                pack = requests.encoder.new_pack()
                     elif isinstance(result, _DEFERRED):
                         requests.defer(None, method, result)
                 except BaseException as exc:
@@ -307,6 +312,18 @@ class RequestGreenlet(_Greenlet):
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
                 self.requests.hub.handle_error(self, *sys.exc_info())
+
+
+def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callable[[], Any]:
+    """What calls both: one Reply may be returned by several handlers."""
+    if first is None:
+        return second
+
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def _error_of(exc: ErrorResponse) -> Any:

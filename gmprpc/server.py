@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import ssl
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial, wraps
@@ -206,7 +205,7 @@ class Server(Registry):
         timeout = self.stop_timeout if stop_timeout is None else stop_timeout
         self.start()
         with ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():
+            if gevent.get_hub().main_hub:  # Also where monkey-patching has made a thread of each greenlet.
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     _handle_signal(stack, signum, partial(self._on_signal, signum, timeout))
             self._stopped.wait()

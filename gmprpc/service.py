@@ -57,8 +57,10 @@ class Registry:
             TypeError: ``function`` isn't callable, or has no name and none is given.
             ValueError: the name is empty, not Unicode, or begins with ``$/``.
         """
-        if deferred:
-            name = name or getattr(function, "__name__", None)
+        if deferred and callable(function):
+            if name is None and not hasattr(function, "__name__"):
+                raise TypeError(f"{function!r} has no name of its own: give one")
+            name = name or function.__name__
             function = _deferred(function)
         self._methods.add(function, name)
 

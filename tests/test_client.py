@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from gevent.threadpool import ThreadPool
 import gmprpc
 
 from .helpers import Peer, wait_until
+from .programs import Program
 
 # Calling.
 
@@ -140,6 +143,25 @@ def test_a_notification_sent_just_before_close_arrives(server: gmprpc.Server) ->
     wait_until(lambda: len(arrived) == 3)
 
 
+def test_what_a_program_sends_before_it_ends_arrives(server: gmprpc.Server) -> None:
+    arrived: list[str] = []
+    server.register(arrived.append, "log")
+    program = f"""
+import os, gmprpc
+client = gmprpc.Client(("127.0.0.1", {server.server_port}))
+client.call("echo", 1)
+client.notify("log", "first")
+client.notify("log", "second")
+if os.fork() == 0:
+    raise SystemExit  # What is the parent's to send is not sent twice.
+os.wait()
+"""
+    with Program(sys.executable, "-c", program) as process:
+        assert process.wait() == 0
+    wait_until(lambda: not server.connections)
+    assert arrived == ["first", "second"]
+
+
 def test_call_in_the_hub_is_refused_instead_of_blocking_it(client: gmprpc.Client) -> None:
     caught: list[BaseException] = []
 
@@ -240,6 +262,15 @@ def test_a_time_out_that_is_none_is_refused_before_anything_is_sent(client: gmpr
         with pytest.raises(ValueError, match="timeout has to be None or a number of seconds"):
             call("echo", 1, timeout=timeout)
     assert client.statistics()["pending"] == 0
+
+
+def test_a_time_out_counts_from_the_call_and_not_from_the_last_turn_of_the_loop(client: gmprpc.Client) -> None:
+    client.call("echo", 1)
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    assert client.call("echo", 2, timeout=0.25) == 2
+    assert client.call_async("echo", 3, timeout=0.25).get() == 3
 
 
 # Connecting.

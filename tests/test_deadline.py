@@ -14,7 +14,8 @@ class Timer:
         self.callback: Callable[[], Any] | None = None
         self.is_closed = False
 
-    def start(self, callback: Callable[[], Any]) -> None:
+    def start(self, callback: Callable[[], Any], *, update: bool) -> None:
+        assert update
         self.callback = callback
 
     def close(self) -> None:

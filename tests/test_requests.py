@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import logging
 import signal
 import weakref
@@ -323,6 +324,26 @@ def test_the_loss_of_the_connection_cancels_replies_even_while_the_callback_runs
     wait_until(lambda: len(told) == 2)
     assert told == ["told", "cancelled: True"]
     peer.close()
+
+
+def test_one_reply_may_answer_several_requests(service: gmprpc.Service, peer: Peer) -> None:
+    shared = [gmprpc.Reply(), gmprpc.Reply()]
+    service.register(lambda number: shared[number], "share")
+    peer.send(*([0, number, "share", [number // 2]] for number in range(4)))
+    peer.call("echo", 1)
+    shared[0].result("all")
+    assert sorted([peer.receive(), peer.receive()]) == [[1, 0, None, "all"], [1, 1, None, "all"]]
+    shared.clear()
+    answers = sorted([peer.receive(), peer.receive()])
+    assert answers == [[1, number, "the reply was dropped unanswered", None] for number in (2, 3)]
+
+
+@pytest.mark.parametrize("function", [functools.partial(print), 5], ids=["nameless", "not callable"])
+def test_what_cant_be_a_callback_is_refused_when_it_is_registered(service: gmprpc.Service, function: Any) -> None:
+    with pytest.raises(TypeError):
+        service.register(function, deferred=True)
+    with pytest.raises(TypeError):
+        service.reg_cb(callback=5)  # type: ignore[arg-type]
 
 
 # Errors.

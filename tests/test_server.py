@@ -438,6 +438,20 @@ def test_a_second_sigint_stops_at_once(program: subprocess.Popen[str]) -> None:
     assert program.wait(10) == 0
 
 
+def test_signals_are_heard_where_each_greenlet_is_made_to_look_like_a_thread() -> None:
+    patched = "from gevent import monkey; monkey.patch_all()" + PROGRAM.replace(
+        "server.serve_forever()", "gevent.spawn(server.serve_forever).join()"
+    )
+    with subprocess.Popen([sys.executable, "-c", patched], stdout=subprocess.PIPE, text=True) as process:
+        with Peer.connect(("127.0.0.1", int(line_of(process)))) as peer:
+            peer.send([0, 1, "slow", ["0.1"]])
+            assert line_of(process) == "begun"
+            process.terminate()
+            assert peer.receive_rest() == [[1, 1, None, "0.1"]]
+        assert line_of(process) == "stopped"
+        assert process.wait(10) == 0
+
+
 def is_listening(address: Any) -> bool:
     try:
         Peer.connect(address).close()
