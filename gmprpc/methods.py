@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial, partialmethod, singledispatchmethod
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -165,7 +165,10 @@ def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
 
 def _is_public(name: str, value: Any) -> bool:
     """Whether what stands in a class under ``name`` is a public method: of any kind, but nothing that computes one."""
-    is_method = hasattr(value, "__get__") and not hasattr(value, "__set__") and not isinstance(value, cached_property)
+    is_method = isinstance(value, (staticmethod, classmethod, partialmethod, singledispatchmethod)) or (
+        # Functions, and what is made of them, like one with a cache; nested classes are callable, too.
+        callable(value) and hasattr(value, "__get__") and not isinstance(value, type)
+    )
     return is_method and not name.startswith("_")
 
 

@@ -103,7 +103,7 @@ class PlainStream:
 
     def finish(self, data: bytes, *, linger: bool) -> None:
         try:
-            with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
+            with suppress(OSError), _farewell_time():
                 send_all(self, data)
                 self._socket.shutdown(stdlib_socket.SHUT_WR)
                 while linger and _recv_waiting(self):
@@ -215,8 +215,9 @@ class TLSStream:
 
     def finish(self, data: bytes, *, linger: bool) -> None:
         try:
-            with suppress(OSError, gevent.Timeout), gevent.Timeout(_FAREWELL_TIMEOUT):
+            with suppress(OSError), _farewell_time():
                 send_all(self, data)
+                send_all(self._stream, self._encrypted)  # What `recv` had to say and couldn't.
                 with suppress(ssl.SSLError):
                     self._tls.unwrap()
                 send_all(self._stream, self._outgoing.read())
@@ -268,12 +269,16 @@ def send_all(stream: Stream, data: bytes | memoryview) -> None:
             wait_write(stream.fileno())
 
 
+def _farewell_time() -> gevent.Timeout:
+    """Ends a ``with`` block quietly when the time for last words is over; a time-out of the caller's goes through."""
+    return gevent.Timeout(_FAREWELL_TIMEOUT, False)  # type: ignore[arg-type]  # The stubs don't know of False.
+
+
 def _recv_waiting(stream: Stream) -> bytes:
     while True:
-        try:
+        wait_read(stream.fileno())  # Also where there is something to read: others want a turn.
+        with suppress(BlockingIOError):
             return stream.recv()
-        except BlockingIOError:
-            wait_read(stream.fileno())
 
 
 def parse_address(address: Any) -> tuple[str, int] | str:
@@ -286,12 +291,17 @@ def parse_address(address: Any) -> tuple[str, int] | str:
         if address.startswith(UNIX_PREFIX) and len(address) > len(UNIX_PREFIX):
             return address
         host, colon, port = address.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            colon = ""  # An IPv6 address needs its brackets: its last group could be a port.
         if colon and port.isascii() and port.isdigit() and int(port) < 2**16 and _is_host(host):
-            return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+            return host or "127.0.0.1", int(port)
     elif isinstance(address, (tuple, list)) and len(address) >= 2:
         host, port = address[:2]
-        if isinstance(host, str) and _is_host(host) and isinstance(port, int):
-            return host, port
+        if type(port) is int and 0 <= port < 2**16 and isinstance(host, str) and _is_host(host):
+            scope = f"%{address[3]}" if len(address) > 3 and address[3] else ""
+            return f"{host}{scope}", port
     raise ValueError(f"{address!r} is no address: give HOST:PORT, (host, port) or unix:PATH")
 
 
@@ -368,6 +378,8 @@ def open_listener(listener: Any) -> Any:
         return listener
     if isinstance(listener, str) and listener.startswith(UNIX_PREFIX):
         path = listener.removeprefix(UNIX_PREFIX)
+        if not path:
+            raise ValueError(f"{listener!r}: give the path of the socket, as in unix:/run/app.sock")
         remove_stale(path)
         return _listen(socket.AF_UNIX, path)
     if isinstance(listener, str) and listener.startswith(FD_PREFIX):
@@ -408,12 +420,10 @@ def remove_stale(path: str) -> None:
             raise FileExistsError(errno.EADDRINUSE, "a file that is no socket is in the way", path)
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            pass
-        else:
+    # Not gevent's: that would try again and again while the other's queue is full.
+    with _RawSocket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT):
             raise OSError(errno.EADDRINUSE, "another server listens there", path)
     with suppress(FileNotFoundError):
         os.unlink(path)

@@ -233,7 +233,6 @@ class lazy:  # noqa: N801
         return self if obj is None else self.function(obj)
 
 
-@pytest.mark.xfail(strict=True, reason="whatever has `__get__` is taken for a method, asked for, and even registered")
 def test_what_is_computed_is_no_method_whoever_made_it() -> None:
     looked: list[str] = []
 
