@@ -116,22 +116,23 @@ def test_who_has_rested_is_let_go(sweeper: Sweeper, loop: Loop) -> None:
     assert gone() is None
 
 
-def test_who_fails_is_asked_again_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_fails_is_let_go_and_the_others_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     class Troubled(Busy):
         def rest(self) -> bool:
-            if super().rest():
-                return True
+            super().rest()
             raise RuntimeError("no")
 
     failures: list[Any] = []
     monkeypatch.setattr(Sweeper, "_INTERVAL", 0.001)
-    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *args: failures.append(args))
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *args: failures.append(args[:2]))
     event = Event()
     sweeper = Sweeper(gevent.get_hub().loop)
-    sweeper.watch(Troubled(2))
-    sweeper.watch(Busy(1, event))
+    troubled = Troubled(10)
+    sweeper.watch(troubled)
+    sweeper.watch(Busy(3, event))
     event.wait()
-    assert len(failures) == 1
+    assert failures == [(troubled, RuntimeError)]
+    assert troubled.asked == 1
     sweeper._timer.close()
 
 
