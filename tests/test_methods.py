@@ -253,7 +253,15 @@ def test_what_is_computed_is_no_method_whoever_made_it() -> None:
     assert looked == []
 
 
-@pytest.mark.parametrize("obj", [Greeter, functools], ids=["class", "module"])
+class Heir(Base):
+    """Adds nothing that is public."""
+
+    attribute = 5
+
+    def _private(self) -> None: ...
+
+
+@pytest.mark.parametrize("obj", [Greeter, functools, object(), Heir()], ids=["class", "module", "object", "heir"])
 def test_an_object_without_methods_is_an_error(obj: Any) -> None:
     with pytest.raises(TypeError):
         Methods().add_object(obj)
@@ -509,3 +517,19 @@ def test_a_decorator_that_adds_a_param_does_not_make_the_callers_wrong() -> None
     with pytest.raises(TypeError) as caught:
         in_context("a text")
     assert params_mismatch("in_context", in_context, ["a text"], caught.value) is None
+
+
+def test_a_decorated_function_that_was_not_reached_had_wrong_params() -> None:
+    with pytest.raises(TypeError) as caught:
+        decorated(1)
+    text = params_mismatch("add", decorated, [1], caught.value)
+    assert text == "wrong params for add(a, b): missing a required argument: 'b'"
+
+
+def test_what_a_handler_calls_wrongly_is_its_own_fault() -> None:
+    def handler(a: Any) -> None:
+        add(a)  # type: ignore[call-arg]
+
+    with pytest.raises(TypeError) as caught:
+        handler(1)
+    assert params_mismatch("handler", handler, [1], caught.value) is None

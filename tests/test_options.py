@@ -100,3 +100,14 @@ def test_a_timeout_is_none_or_a_time_that_can_pass(seconds: float | None) -> Non
 def test_a_timeout_that_can_not_pass_is_an_error(seconds: float) -> None:
     with pytest.raises(ValueError, match="stop_timeout has to be None or a number of seconds from 0 on, not "):
         check_timeout("stop_timeout", seconds)
+
+
+@pytest.mark.parametrize("name", ["read_timeout", "write_timeout", "idle_timeout"])
+def test_each_timeout_of_a_connection_is_checked(name: str) -> None:
+    for seconds in (None, 0, 5.0):
+        options: dict[str, Any] = {name: seconds}
+        assert getattr(ConnectionOptions(**options), name) == seconds
+    for wrong in (-1, "5", math.nan):
+        options = {name: wrong}
+        with pytest.raises(ValueError, match=f"{name} has to be None or a number of seconds from 0 on, not "):
+            ConnectionOptions(**options)

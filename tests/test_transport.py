@@ -318,10 +318,9 @@ def test_a_farewell_that_is_killed_closes_all_the_same(ours: PlainStream) -> Non
     assert ours.fileno() == -1
 
 
-def test_a_tls_farewell_that_is_killed_closes_all_the_same(
-    tls_pair: tuple[TLSStream, TLSStream],
-) -> None:
-    for stream, words in zip(tls_pair, (b"bye", b"b" * 10_000_000), strict=True):
+@pytest.mark.parametrize("words", [b"bye", b"b" * 10_000_000], ids=len)
+def test_a_tls_farewell_that_is_killed_closes_all_the_same(tls_pair: tuple[TLSStream, TLSStream], words: bytes) -> None:
+    for stream in tls_pair:
         finishing = gevent.spawn(stream.finish, words, linger=True)
         gevent.idle()
         finishing.kill()
@@ -671,6 +670,29 @@ def test_receiving_goes_on_while_a_write_is_blocked(shaken: tuple[TLSStream, Rec
         received += peer.read()
     sending.get()
     assert received == b"f" * (total + 50_000)
+
+
+def test_what_had_left_before_the_stream_broke_counts_as_sent(
+    monkeypatch: pytest.MonkeyPatch, ours: PlainStream, shaken: tuple[TLSStream, RecordPeer]
+) -> None:
+    stream, peer = shaken
+    send, sends = ours.send, iter(range(2))
+
+    def send_twice(data: Any) -> int:
+        if next(sends, None) is None:
+            raise BrokenPipeError
+        return send(data)
+
+    monkeypatch.setattr(ours, "send", send_twice)
+    data = os.urandom(100_000)
+    sent = stream.send(data)
+    assert 0 < sent < len(data)
+    received = b""
+    while len(received) < sent:
+        received += peer.read()
+    assert received == data[:sent]
+    with pytest.raises(BrokenPipeError):
+        stream.send(data[sent:])
 
 
 def test_sending_to_who_is_gone_is_an_error(shaken: tuple[TLSStream, RecordPeer]) -> None:
