@@ -139,6 +139,16 @@ def test_a_plain_stream_takes_the_descriptor_over(sockets: tuple[Any, Any]) -> N
     stream.close()
 
 
+def test_closing_tells_the_peer_though_another_process_has_the_socket_too(ours: PlainStream, peers: Any) -> None:
+    held = os.dup(ours.fileno())  # As by a process that was forked off.
+    try:
+        ours.send(b"bye")
+        ours.close()
+        assert read_all(peers) == b"bye"
+    finally:
+        os.close(held)
+
+
 def test_a_tcp_stream_sends_at_once_and_notices_when_the_peer_is_gone(tcp_sockets: tuple[Any, Any]) -> None:
     fd = tcp_sockets[0].fileno()
     stream = PlainStream(tcp_sockets[0])
@@ -1195,6 +1205,13 @@ def test_ipv6_and_a_port_alone_are_bound(form: Any) -> None:
 
 def test_a_socket_is_handed_through(listener: Any) -> None:
     assert open_listener(listener) is listener
+
+
+def test_a_socket_that_blocks_does_so_no_more() -> None:
+    with stdlib_socket.create_server(("127.0.0.1", 0)) as blocking:
+        assert open_listener(blocking) is blocking
+        with pytest.raises(BlockingIOError):
+            blocking.accept()
 
 
 def test_a_port_that_is_in_use_is_an_error(listener: Any) -> None:
