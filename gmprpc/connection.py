@@ -441,7 +441,7 @@ class Connection:
             # Not from here: a log's lock may be held by a greenlet, and the hub can't wait.
             gevent.spawn(logger.warning, "invalid notification from %s: %s", format_address(self.peer), reason)
         elif kind != RESPONSE:
-            self._out.append(self._requests.encoder.response(msgid, reason, None))
+            self._out.append(self._requests.error_response(msgid, reason))
 
     def _refuse(self, message: Message) -> None:
         self._counters.refused_messages += 1

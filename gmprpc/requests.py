@@ -172,7 +172,7 @@ class Requests:
                 mark = f" ({token_hex(4)})"
                 error = f"internal error{mark}"
         if msgid is not None:
-            self.out.append(self._error_response(msgid, error))
+            self.out.append(self.error_response(msgid, error))
         if is_fault:
             what = "notification" if msgid is None else f"request {msgid}"
             logger.error("%s of %s from %s failed%s", what, method, format_address(self.owner.peer), mark, exc_info=exc)
@@ -202,13 +202,15 @@ class Requests:
             exc = ErrorResponse(DROPPED_REPLY)
         elif not result.successful():
             exc = result.exception
+            if not isinstance(exc, BaseException):  # gevent's set_exception takes anything.
+                exc = TypeError(f"{exc!r} is no exception")
         elif msgid is not None:
             try:
                 self.out.append(self.encoder.response(msgid, None, result.value))
             except Exception as packing:
                 exc = packing
         if isinstance(exc, ErrorResponse) and _error_of(exc) is not None and msgid is not None:
-            self.out.append(self._error_response(msgid, _error_of(exc)))
+            self.out.append(self.error_response(msgid, _error_of(exc)))
         elif exc is not None:
             # Not from here, the hub: it has to be logged.
             gevent.spawn(self._fail_deferred, key, msgid, method, exc)
@@ -223,7 +225,8 @@ class Requests:
             del self.deferred[key]
             self.owner.settle_soon()
 
-    def _error_response(self, msgid: int, error: Any) -> bytes:
+    def error_response(self, msgid: int, error: Any) -> bytes:
+        """The answer ``error``, or what can be said of one that can't be packed."""
         try:
             return self.encoder.response(msgid, error, None)
         except Exception as exc:

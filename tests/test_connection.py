@@ -370,6 +370,17 @@ def test_an_unpacker_hook_that_fails_costs_its_own_request_only(service: gmprpc.
     pair.close()
 
 
+def test_a_reason_that_cant_be_sent_as_it_is_is_sent_all_the_same(service: gmprpc.Service) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("\udc80")
+
+    pair = Pair(service, unpacker_options={"ext_hook": fail})
+    pair.peer.send([0, 1, "echo", [msgpack.ExtType(5, b"x")]], [0, 2, "echo", ["next"]])
+    assert pair.peer.receive() == [1, 1, "can't be decoded: ValueError: \\udc80", None]
+    assert pair.peer.receive() == [1, 2, None, "next"]
+    pair.close()
+
+
 @pytest.mark.parametrize("count", [1, 2, 99, 100, 101, 250])
 def test_a_batch_may_end_on_any_message(pair: Pair, count: int) -> None:
     pair.peer.send(*([0, number, "echo", [number]] for number in range(count)))

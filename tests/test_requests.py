@@ -207,6 +207,19 @@ def test_a_function_may_return_what_completes_later(service: gmprpc.Service, pee
     assert peer.receive() == [1, 3, "TypeError: can not serialize 'object' object", None]
 
 
+@pytest.mark.parametrize("nothing", [None, "text"])
+def test_what_completes_with_an_exception_that_is_none_is_answered(
+    service: gmprpc.Service, peer: Peer, nothing: Any
+) -> None:
+    @service.method
+    def later() -> Any:
+        made: AsyncResult[Any] = AsyncResult()
+        made.set_exception(nothing)
+        return made
+
+    assert peer.call("later") == [1, 0, f"TypeError: {nothing!r} is no exception", None]
+
+
 def test_a_function_may_return_a_greenlet(service: gmprpc.Service, peer: Peer) -> None:
     def work(value: int) -> int:
         gevent.sleep(0)
