@@ -976,6 +976,18 @@ def test_a_request_counts_though_its_params_can_not_be_decoded_here(value: Any) 
     assert list(requests_in(Encoder().request(5, "m", [value]))) == [5]
 
 
+def test_only_requests_are_told_whatever_is_wrong_with_the_others() -> None:
+    encoder = Encoder()
+    unreadable = {(1, 2): 3}
+    for other in (
+        encoder.notification("m", [unreadable]),
+        encoder.response(6, None, unreadable),
+        encoder.response(6, 0, None),
+        encoder.response(6, unreadable, None),
+    ):
+        assert list(requests_in(other + encoder.request(5, "m", []) + other)) == [5]
+
+
 def test_the_result_of_a_response_is_returned_and_its_error_raised() -> None:
     assert result_of([1, 5, None, 7], "m") == 7
     assert result_of([1, 5, None, None], "m") is None
