@@ -14,6 +14,8 @@ class Counters:
 
     #: Connections accepted or made.
     connections: int = 0
+    #: Connections closed as soon as they were accepted, because there were ``max_connections`` already.
+    refused_connections: int = 0
     #: Connections that ended with an error: lost, reset, or not MessagePack-RPC.
     failed_connections: int = 0
     #: Of these, the ones whose peer broke the protocol.

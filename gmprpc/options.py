@@ -18,6 +18,9 @@ CLIENT_MAX_MESSAGE_SIZE = 16 * 1024 * 1024
 #: Between Envoy's 100 and the 250 of Go's HTTP/2 server.
 MAX_CONCURRENCY = 256
 
+#: Redis's number for its clients. Each takes a descriptor, of which the system may allow less.
+MAX_CONNECTIONS = 10_000
+
 #: How long the rest of a message, and the place for an answer, are waited for: nginx's numbers.
 READ_TIMEOUT = 60.0
 WRITE_TIMEOUT = 60.0
@@ -45,9 +48,10 @@ class ConnectionOptions:
     unpacker_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_positive("max_message_size", self.max_message_size)
-        if self.max_concurrency is not None:
-            _check_positive("max_concurrency", self.max_concurrency)
+        if self.max_message_size is None:
+            raise ValueError("max_message_size has to be a number: what is announced has to be held against something")
+        check_limit("max_message_size", self.max_message_size)
+        check_limit("max_concurrency", self.max_concurrency)
         for name in ("read_timeout", "write_timeout", "idle_timeout"):
             check_timeout(name, getattr(self, name))
         _check_free("packer_options", self.packer_options, _RESERVED_PACKER_OPTIONS)
@@ -63,9 +67,10 @@ def check_timeout(name: str, seconds: float | None) -> None:
         raise ValueError(f"{name} has to be None or a number of seconds from 0 on, not {seconds!r}")
 
 
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} has to be a whole number from 1 on, not {value!r}")
+def check_limit(name: str, number: int | None) -> None:
+    """Raise ValueError unless ``number`` is None or at least 1."""
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+        raise ValueError(f"{name} has to be a whole number from 1 on, not {number!r}")
 
 
 def _check_free(name: str, options: Mapping[str, Any], reserved: frozenset[str]) -> None:

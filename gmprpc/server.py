@@ -13,19 +13,20 @@ from typing import Any, Self
 
 import gevent
 from gevent.event import Event
-from gevent.pool import Group
-from gevent.server import StreamServer
 
+from .acceptor import Acceptor, ConnectionGreenlets
 from .connection import Connection, current_call
 from .exceptions import RPCError
 from .methods import Handler
 from .metrics import Counters
 from .options import (
     MAX_CONCURRENCY,
+    MAX_CONNECTIONS,
     READ_TIMEOUT,
     SERVER_MAX_MESSAGE_SIZE,
     WRITE_TIMEOUT,
     ConnectionOptions,
+    check_limit,
     check_timeout,
 )
 from .service import Registry, Service
@@ -63,7 +64,7 @@ class Server(Registry):
     * ``on_error(connection, exc)``, ``on_eof(connection)``: each connection ends with exactly one of them.
 
     Limits (None is no limit): ``max_message_size`` bytes in one message, ``max_concurrency`` requests and notifications
-    in flight on one connection.
+    in flight on one connection, ``max_connections`` connections, beyond which a new one is closed at once.
 
     Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS,
     ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for a peer that takes no
@@ -89,6 +90,7 @@ class Server(Registry):
         # Limits
         max_message_size: int = SERVER_MAX_MESSAGE_SIZE,
         max_concurrency: int | None = MAX_CONCURRENCY,
+        max_connections: int | None = MAX_CONNECTIONS,
         # Timeouts
         handshake_timeout: float | None = 10.0,
         read_timeout: float | None = READ_TIMEOUT,
@@ -102,6 +104,7 @@ class Server(Registry):
         hide_errors: bool = False,
         reuse_greenlets: bool = True,
     ) -> None:
+        check_limit("max_connections", max_connections)
         check_timeout("handshake_timeout", handshake_timeout)
         check_timeout("stop_timeout", stop_timeout)
         #: What can be called.
@@ -114,6 +117,7 @@ class Server(Registry):
         self._on_accept = on_accept
         self._on_error = on_error
         self._on_eof = on_eof
+        self._max_connections = max_connections
         self._handshake_timeout = handshake_timeout
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
@@ -129,10 +133,10 @@ class Server(Registry):
         # What is off costs nothing: a hook for requests is wrapped around each method as it enters the table.
         self._table = self.service.table(None if on_dispatch is None else partial(_dispatched, on_dispatch))
         self._counters = Counters()
-        self._acceptor: StreamServer | None = None
+        self._acceptor: Acceptor | None = None
         self._socket_file: tuple[str, tuple[int, int] | None] | None = None
         self._connections: set[Connection] = set()
-        self._handlers = Group()
+        self._greenlets = ConnectionGreenlets()
         self._handshakes: set[Any] = set()  # Those of the greenlets that have no connection yet.
         self._is_stopping = False
         self._stopped = Event()
@@ -188,8 +192,9 @@ class Server(Registry):
         self._is_stopping = False
         self._stopped.clear()
         listener = open_listener(self._listener)
-        spawn: Any = self._handlers.spawn  # Not the group: then `stop` would kill it, and its fullness be asked for.
-        acceptor = StreamServer(listener, self._serve, spawn=spawn)
+        acceptor = Acceptor(
+            listener, self._serve, self._greenlets, max_connections=self._max_connections, counters=self._counters
+        )
         acceptor.start()
         self._acceptor = acceptor
         if isinstance(self._listener, str) and self._listener.startswith(UNIX_PREFIX):
@@ -244,7 +249,7 @@ class Server(Registry):
         # In a greenlet of its own: whoever waits for it may lose patience.
         stopping = gevent.spawn(self._stop, self.stop_timeout if timeout is None else timeout)
         current: Any = gevent.getcurrent()
-        if _is_in_handler() or current in self._handlers:
+        if _is_in_handler() or current in self._greenlets:
             return 0
         cut: int = stopping.get()
         return cut
@@ -256,15 +261,15 @@ class Server(Registry):
         for connection in self._connections:
             connection.finish()
         cut = 0
-        if not self._handlers.join(timeout):
+        if not self._greenlets.join(timeout):
             cut = sum(connection.in_flight for connection in self._connections)
             if cut:
                 # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
                 logger.warning("%d requests were cut after %g s", cut, timeout)
             for connection in list(self._connections):
                 connection.abort()
-            self._handlers.join(_ABORT_TIMEOUT)
-            self._handlers.kill(block=False)
+            self._greenlets.join(_ABORT_TIMEOUT)
+            self._greenlets.kill(block=False)
         self._stopped.set()
         return cut
 

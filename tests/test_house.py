@@ -23,6 +23,7 @@ FLOORS: dict[str, int] = {
     "connection": 5,
     "requests": 4,
     "calls": 3,
+    "acceptor": 3,
     "protocol": 2,
     "methods": 2,
     "transport": 2,

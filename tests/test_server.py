@@ -146,6 +146,7 @@ def test_methods_may_be_registered_and_forgotten_while_connections_live(server: 
         {"max_message_size": 0},
         {"max_message_size": "1"},
         {"max_concurrency": 0},
+        {"max_connections": 0},
         {"stop_timeout": -1},
         {"handshake_timeout": -1},
         {"read_timeout": -1},
@@ -550,7 +551,7 @@ def test_a_handshake_that_stalls_is_ended_and_delays_nobody(
 
 def test_stop_waits_for_no_handshake(service: gmprpc.Service, tls_server: gmprpc.Server) -> None:
     with Peer.connect(tls_server.address) as silent:
-        wait_until(lambda: tls_server._handlers)
+        wait_until(lambda: tls_server._greenlets)
         stopping = gevent.spawn(tls_server.stop)
         assert silent.receive_rest() == []
         assert stopping.get() == 0
