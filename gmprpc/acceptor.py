@@ -54,7 +54,8 @@ class ConnectionGreenlets(Group):
 class Acceptor(StreamServer):
     """Accepts what comes to ``listener``, and has ``handle(socket, address)`` called in one of ``greenlets``.
 
-    While ``max_connections`` of these live (None is no limit), who comes is closed at once.
+    While ``max_connections`` of these live (None is no limit), who comes is closed at once. ``arrivals`` gets each
+    socket with what closes it, until somebody else answers for it.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Acceptor(StreamServer):
         listener: Any,
         handle: Callable[[Any, Any], Any],
         greenlets: ConnectionGreenlets,
+        arrivals: dict[Any, Callable[[], Any]],
         *,
         max_connections: int | None,
         counters: Counters,
     ) -> None:
         self._greenlets = greenlets
+        self._arrivals = arrivals
         self._max_connections = max_connections
         self._counters = counters
         self._pause: Any = None  # The timer that ends it.
@@ -87,14 +90,25 @@ class Acceptor(StreamServer):
                     raise
                 self._pause_accepting(exc)
                 return None
-            if accepted is None or self._max_connections is None or len(self._greenlets) < self._max_connections:
+            if accepted is None:
+                return None
+            sock, address = accepted
+            if self._max_connections is None or len(self._greenlets) < self._max_connections:
+                self._arrivals[sock] = sock.close
                 return accepted
-            self._refuse(*accepted)
+            sock.close()
+            self._counters.refused_connections += 1
+            self._refused.log(
+                "connection with %s refused: there are max_connections (%d)",
+                format_address(address or self.address),
+                self._max_connections,
+            )
         return None
 
     def do_close(self, sock: Any, *args: Any) -> None:
         """Close what was accepted, when its life is over; called by gevent."""
         super().do_close(sock, *args)
+        self._arrivals.pop(sock, None)
         if self._pause is not None:
             self._resume()
 
@@ -102,15 +116,6 @@ class Acceptor(StreamServer):
         """Accept nothing more, whatever waits."""
         super().stop_accepting()
         self._end_pause()
-
-    def _refuse(self, sock: Any, address: Any) -> None:
-        sock.close()
-        self._counters.refused_connections += 1
-        self._refused.log(
-            "connection with %s refused: there are max_connections (%d)",
-            format_address(address or self.address),
-            self._max_connections,
-        )
 
     def _pause_accepting(self, exc: OSError) -> None:
         self.stop_accepting()

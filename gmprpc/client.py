@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
 import ssl
-import weakref
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Self
@@ -287,7 +284,6 @@ class Client:
         self._attempt = None
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=self.address)
         self._connection = connection
-        _connections.add(connection)
         life = gevent.spawn(self._live, connection)
         self._lives[life] = connection
         life.rawlink(self._lives.pop)
@@ -341,19 +337,6 @@ class Client:
         queue, self._queue = self._queue, []
         for queued in queue:
             queued.fail(exc)
-
-
-# Those that may hold something back until the loop runs again, which at exit it doesn't.
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _flush_all() -> None:
-    for connection in _connections:
-        connection.flush()
-
-
-atexit.register(_flush_all)
-os.register_at_fork(after_in_child=_connections.clear)  # They are the parent's to flush.
 
 
 class Proxy:

@@ -15,7 +15,9 @@ The connection is handed a mapping of methods and knows no service, no listener 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +26,7 @@ from time import perf_counter
 from typing import Any, Final
 
 import gevent
+from gevent import GreenletExit
 from gevent.event import Event
 from greenlet import getcurrent
 
@@ -133,6 +136,7 @@ class Connection:
         "_hub",
         "_idle_deadline",
         "_inbox",
+        "_is_abandoned",
         "_is_aborted",
         "_is_amid_write",
         "_is_awake",
@@ -214,7 +218,9 @@ class Connection:
         self._idle_deadline = Deadline(self._loop, options.idle_timeout, self._on_idle)
         self._is_cut = False  # Closed by this side before it was quiet.
         self._is_aborted = False
+        self._is_abandoned = False
         self._over = Event()
+        _connections.add(self)
 
     # What the application may call.
 
@@ -312,6 +318,18 @@ class Connection:
         self._is_aborted = True
         self.close()
 
+    def abandon(self) -> None:
+        """Leave the stream to the process that this one was forked off from; here the connection is closed.
+
+        What the handlers that this process got a copy of still answer is dropped, and no hook is called.
+        """
+        self._is_abandoned = True
+        if self._phase < _CLOSED:
+            self._out.clear()
+            self._backlog.clear()
+            self._end(ConnectionClosed("the connection is that of the process which this one was forked off from"))
+        self._stream.abandon()
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the connection is closed; False if ``timeout`` seconds pass before."""
         return self._over.wait(timeout)
@@ -330,6 +348,8 @@ class Connection:
             self.abort()
             self._stream.close()
             raise
+        if self._is_abandoned:
+            raise GreenletExit
         error, last_words = self.error, b"".join(self._backlog)
         self._backlog.clear()
         if error is not None:
@@ -650,3 +670,27 @@ class Connection:
         self._requests.dismiss_idle()
         self._is_awake = False
         return True
+
+
+# Every connection that there is in this process.
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _flush_all() -> None:
+    """Write what is held back until the loop runs again, which at exit it doesn't."""
+    for connection in list(_connections):
+        connection.flush()
+
+
+def _abandon_all() -> None:
+    """Leave every connection to the process that this one was just forked off from.
+
+    Otherwise its peer would never hear the end when that process dies, and a loop that runs here would read what is not
+    meant for it.
+    """
+    for connection in list(_connections):
+        connection.abandon()
+
+
+atexit.register(_flush_all)
+os.register_at_fork(after_in_child=_abandon_all)

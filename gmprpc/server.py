@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import ssl
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial, wraps
@@ -137,6 +138,7 @@ class Server(Registry):
         self._socket_file: tuple[str, tuple[int, int] | None] | None = None
         self._connections: set[Connection] = set()
         self._greenlets = ConnectionGreenlets()
+        self._arrivals: dict[Any, Callable[[], Any]] = {}  # What has no connection yet, with what closes it.
         self._handshakes: set[Any] = set()  # Those of the greenlets that have no connection yet.
         self._is_stopping = False
         self._stopped = Event()
@@ -193,10 +195,16 @@ class Server(Registry):
         self._stopped.clear()
         listener = open_listener(self._listener)
         acceptor = Acceptor(
-            listener, self._serve, self._greenlets, max_connections=self._max_connections, counters=self._counters
+            listener,
+            self._serve,
+            self._greenlets,
+            self._arrivals,
+            max_connections=self._max_connections,
+            counters=self._counters,
         )
         acceptor.start()
         self._acceptor = acceptor
+        _servers.add(self)
         if isinstance(self._listener, str) and self._listener.startswith(UNIX_PREFIX):
             path = str(acceptor.address)
             self._socket_file = path, file_identity(path)
@@ -273,6 +281,20 @@ class Server(Registry):
         self._stopped.set()
         return cut
 
+    def _abandon(self) -> None:
+        """Leave everything to the process that this one was just forked off from: here nothing is started."""
+        acceptor, self._acceptor = self._acceptor, None
+        if acceptor is not None:
+            acceptor.stop_accepting()
+            if not hasattr(self._listener, "accept"):  # A socket that was handed in is not ours to close.
+                acceptor.close()
+        self._socket_file = None
+        for let_go in self._arrivals.values():
+            let_go()
+        self._arrivals.clear()
+        self._connections.clear()
+        self._greenlets.kill(block=False)
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -287,6 +309,7 @@ class Server(Registry):
         if self._on_accept is not None and self._run_hook(self._on_accept, socket, address, failed=False) is False:
             return
         plain = PlainStream(socket)
+        self._arrivals[socket] = plain.abandon
         stream: Stream = plain
         if self._ssl_context is not None:
             try:
@@ -300,6 +323,7 @@ class Server(Registry):
                 raise
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
         self._connections.add(connection)
+        del self._arrivals[socket]
         if self._is_stopping:
             connection.finish()
         try:
@@ -329,6 +353,19 @@ class Server(Registry):
         except Exception:
             logger.exception("the hook %r failed", hook)
             return failed
+
+
+# Those that have been started.
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    # A child that accepts would take connections away from its parent, one that only holds the listener keeps it open.
+    for server in list(_servers):
+        server._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 def mprpc_server(address: str | None, port: int | str, **options: Any) -> Server:

@@ -74,6 +74,9 @@ class Stream(Protocol):
     def close(self) -> None:
         """Close at once."""
 
+    def abandon(self) -> None:
+        """Close in this process alone: it was forked off from the one that the peer talks with."""
+
 
 class PlainStream:
     """A TCP or unix socket."""
@@ -120,6 +123,9 @@ class PlainStream:
         # A process that was forked off holds the socket, too: closing alone wouldn't tell the peer.
         with suppress(OSError):
             self._socket.shutdown(stdlib_socket.SHUT_RDWR)
+        self._socket.close()
+
+    def abandon(self) -> None:
         self._socket.close()
 
 
@@ -228,6 +234,9 @@ class TLSStream:
 
     def close(self) -> None:
         self._stream.close()
+
+    def abandon(self) -> None:
+        self._stream.abandon()
 
     def _fill(self, data: bytes) -> None:
         if data:

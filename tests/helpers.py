@@ -78,6 +78,15 @@ def wait_until(condition: Callable[[], Any]) -> None:
         gevent.sleep(0.001)
 
 
+def is_listening(address: Any) -> bool:
+    """Whether somebody accepts connections at ``address``."""
+    try:
+        Peer.connect(address).close()
+    except ConnectionError:
+        return False
+    return True
+
+
 def collected() -> None:
     """Collect what is only held by cycles."""
     for _ in range(3):

@@ -21,7 +21,7 @@ from gevent.threadpool import ThreadPool
 
 import gmprpc
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, is_listening, wait_until
 
 # Listening.
 
@@ -451,14 +451,6 @@ def test_signals_are_heard_where_each_greenlet_is_made_to_look_like_a_thread() -
             assert peer.receive_rest() == [[1, 1, None, "0.1"]]
         assert line_of(process) == "stopped"
         assert process.wait(10) == 0
-
-
-def is_listening(address: Any) -> bool:
-    try:
-        Peer.connect(address).close()
-    except ConnectionError:
-        return False
-    return True
 
 
 # TLS.
