@@ -18,6 +18,7 @@ from .metrics import Counters
 from .options import (
     CLIENT_MAX_MESSAGE_SIZE,
     MAX_CONCURRENCY,
+    MAX_UNSENT_SIZE,
     READ_TIMEOUT,
     WRITE_TIMEOUT,
     ConnectionOptions,
@@ -78,6 +79,7 @@ class Client:
         # Limits
         max_message_size: int = CLIENT_MAX_MESSAGE_SIZE,
         max_concurrency: int | None = MAX_CONCURRENCY,
+        max_unsent_size: int | None = MAX_UNSENT_SIZE,
         # Encoding
         packer_options: Mapping[str, Any] | None = None,
         unpacker_options: Mapping[str, Any] | None = None,
@@ -103,6 +105,7 @@ class Client:
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
+            max_unsent_size=max_unsent_size,
             read_timeout=read_timeout,
             write_timeout=write_timeout,
             idle_timeout=idle_timeout,

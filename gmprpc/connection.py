@@ -55,8 +55,8 @@ TOO_MANY_REQUESTS: Final = "too many requests in flight"
 # For how long, and for how many messages, a connection may keep the hub before others get their turn.
 _BATCH_TIME = 0.004
 _BATCH_MESSAGES = 100
-# When this much can't be written, reading stops.
-_HIGH_WATER_SIZE = 256 * 1024
+# Pieces that wait to be written are joined, unless the first one is large. Picked arbitrarily.
+_JOINED_SIZE = 256 * 1024
 
 _READ, _WRITE = 1, 2
 
@@ -143,7 +143,10 @@ class Connection:
         "_is_cut",
         "_is_reading",
         "_loop",
+        "_max_concurrency",
+        "_max_unsent_size",
         "_out",
+        "_own_messages",
         "_over",
         "_phase",
         "_read_deadline",
@@ -152,6 +155,7 @@ class Connection:
         "_requests",
         "_stream",
         "_turn",
+        "_unsent_answers",
         "_unsent_requests",
         "_used_at",
         "_was_active",
@@ -204,6 +208,12 @@ class Connection:
         # Writing.
         self._backlog: list[bytes | memoryview] = []  # What the kernel didn't take; then everything goes here.
         self._backlog_size = 0
+        self._max_unsent_size = sys.maxsize if options.max_unsent_size is None else options.max_unsent_size
+        # What was answered since the backlog was empty last has not been sent, as far as can be told without a look at
+        # each message: so many places of `max_concurrency` are taken by it.
+        self._unsent_answers = 0
+        self._max_concurrency = sys.maxsize if options.max_concurrency is None else options.max_concurrency
+        self._own_messages = 0  # So many of those in `_out` are no answers.
         self._refusals_size = 0  # Of what was refused since all had been written.
         self._is_amid_write = False  # A part of the backlog's first piece has been written.
         self._unsent_requests: set[int] = set()  # When the connection was lost.
@@ -288,8 +298,8 @@ class Connection:
 
     @property
     def in_flight(self) -> int:
-        """How many requests and notifications of the peer are at work and not answered yet."""
-        return len(self._requests)
+        """How many requests and notifications of the peer are at work, or answered and the answer not sent yet."""
+        return len(self._requests) + self._unsent_answers
 
     @property
     def pending(self) -> int:
@@ -394,13 +404,16 @@ class Connection:
         requests, pending = self._requests, self._calls.pending
         idle, deferred = requests.idle, requests.deferred
         # With too much unsent, what is read is read for the answers to this side's calls.
-        is_choked = self._backlog_size > _HIGH_WATER_SIZE
+        is_choked, left = False, _BATCH_MESSAGES
+        if self._backlog:
+            is_choked = self._is_choked()
+            if not is_choked:
+                left = min(left, self._max_concurrency - self.in_flight)  # Each may bring an answer that isn't sent.
         is_full = is_choked or ((not idle or deferred) and requests.is_full())
         # Requests that end within this batch don't have to see to it that their answers are sent.
         self.is_settling = True
         self._used_at = perf_counter()
         self._batch_end = self._used_at + _BATCH_TIME
-        left = _BATCH_MESSAGES
         try:
             for message in inbox:
                 kind = message[0]
@@ -524,9 +537,9 @@ class Connection:
         if self._calls.pending:
             # Also with much unsent: the peer may do the same, and then neither would read. But it gets no more than so
             # many refusals that it doesn't take.
-            may_read = self._refusals_size <= _HIGH_WATER_SIZE
+            may_read = self._refusals_size <= self._max_unsent_size
         else:
-            may_read = self._backlog_size <= _HIGH_WATER_SIZE and not requests.is_full()
+            may_read = not self._is_choked() and not requests.is_full()
         if self._inbox is not None:
             if may_read and self._turn is None:
                 # A zero timer, since callbacks of the loop don't let timers and other sockets in.
@@ -562,6 +575,7 @@ class Connection:
     def post(self, data: bytes) -> None:
         """Send what this side says on its own account: at once, or together with what else this batch brings."""
         self._out.append(data)
+        self._own_messages += 1
         self._used_at = perf_counter()
         if not self.is_settling:
             self.flush()
@@ -572,6 +586,8 @@ class Connection:
         out = self._out
         if not out or self._phase == _CLOSED:
             return
+        answers = len(out) - self._own_messages
+        self._own_messages = 0
         if self._backlog:
             self._backlog += out
             self._backlog_size += sum(map(len, out))
@@ -580,8 +596,16 @@ class Connection:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             self._write(data)
-        if self._backlog_size > _HIGH_WATER_SIZE:
-            self._batch_end = 0.0
+        if self._backlog:
+            self._unsent_answers += answers
+            if self._is_choked():
+                self._batch_end = 0.0
+
+    def _is_choked(self) -> bool:
+        """True when so much waits to be sent that the peer isn't to be read any further."""
+        return self._backlog_size > self._max_unsent_size or (
+            bool(self._backlog) and self.in_flight >= self._max_concurrency
+        )
 
     def _write(self, data: bytes | memoryview) -> None:
         """Write ``data``; what isn't taken waits, before all else, for the write watcher."""
@@ -606,7 +630,7 @@ class Connection:
             self._write_watcher.start(self._on_writable)
 
     def _on_writable(self) -> None:
-        if len(self._backlog) > 1 and len(self._backlog[0]) < _HIGH_WATER_SIZE:
+        if len(self._backlog) > 1 and len(self._backlog[0]) < _JOINED_SIZE:
             self._backlog = [b"".join(self._backlog)]
         data = self._backlog.pop(0)
         self._backlog_size -= len(data)
@@ -615,7 +639,7 @@ class Connection:
             self._write_watcher.close()
             self._write_watcher = None
             self._write_deadline.lift()
-            self._refusals_size = 0
+            self._refusals_size = self._unsent_answers = 0
         self._settle()
 
     def _on_unread(self) -> None:

@@ -18,6 +18,10 @@ CLIENT_MAX_MESSAGE_SIZE = 16 * 1024 * 1024
 #: Between Envoy's 100 and the 250 of Go's HTTP/2 server.
 MAX_CONCURRENCY = 256
 
+#: When so much waits to be written reading stops. Four times Go's and gRPC's HTTP/2 window: one answer of usual size
+#: shouldn't stop anything.
+MAX_UNSENT_SIZE = 256 * 1024
+
 #: Redis's number for its clients. Each takes a descriptor, of which the system may allow less.
 MAX_CONNECTIONS = 10_000
 
@@ -39,6 +43,7 @@ class ConnectionOptions:
 
     max_message_size: int = SERVER_MAX_MESSAGE_SIZE
     max_concurrency: int | None = MAX_CONCURRENCY
+    max_unsent_size: int | None = MAX_UNSENT_SIZE
     read_timeout: float | None = READ_TIMEOUT
     write_timeout: float | None = WRITE_TIMEOUT
     idle_timeout: float | None = None
@@ -52,6 +57,7 @@ class ConnectionOptions:
             raise ValueError("max_message_size has to be a number: what is announced has to be held against something")
         check_limit("max_message_size", self.max_message_size)
         check_limit("max_concurrency", self.max_concurrency)
+        check_limit("max_unsent_size", self.max_unsent_size)
         for name in ("read_timeout", "write_timeout", "idle_timeout"):
             check_timeout(name, getattr(self, name))
         _check_free("packer_options", self.packer_options, _RESERVED_PACKER_OPTIONS)

@@ -23,6 +23,7 @@ from .metrics import Counters
 from .options import (
     MAX_CONCURRENCY,
     MAX_CONNECTIONS,
+    MAX_UNSENT_SIZE,
     READ_TIMEOUT,
     SERVER_MAX_MESSAGE_SIZE,
     WRITE_TIMEOUT,
@@ -64,8 +65,9 @@ class Server(Registry):
       the decoded array. What it raises is the answer.
     * ``on_error(connection, exc)``, ``on_eof(connection)``: each connection ends with exactly one of them.
 
-    Limits (None is no limit): ``max_message_size`` bytes in one message, ``max_concurrency`` requests and notifications
-    in flight on one connection, ``max_connections`` connections, beyond which a new one is closed at once.
+    Limits (None is no limit): ``max_message_size`` bytes in one message (always limited); ``max_concurrency`` requests
+    and notifications in flight on one connection, until their answers have been sent, and ``max_unsent_size`` bytes
+    that wait to be sent, beyond either of which it isn't read; ``max_connections``, beyond which a new one is closed.
 
     Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS,
     ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for a peer that takes no
@@ -91,6 +93,7 @@ class Server(Registry):
         # Limits
         max_message_size: int = SERVER_MAX_MESSAGE_SIZE,
         max_concurrency: int | None = MAX_CONCURRENCY,
+        max_unsent_size: int | None = MAX_UNSENT_SIZE,
         max_connections: int | None = MAX_CONNECTIONS,
         # Timeouts
         handshake_timeout: float | None = 10.0,
@@ -123,6 +126,7 @@ class Server(Registry):
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
+            max_unsent_size=max_unsent_size,
             read_timeout=read_timeout,
             write_timeout=write_timeout,
             idle_timeout=idle_timeout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -150,6 +151,120 @@ def test_a_peer_that_doesnt_read_is_not_read_any_further(service: gmprpc.Service
     assert calls[0] == seen < 100
     assert [len(pair.peer.receive()[3]) for _ in range(1000)] == [100_000] * 1000
     pair.close()
+
+
+class Stuck:
+    """A connection of which the kernel takes nothing until it is told to."""
+
+    def __init__(self, service: gmprpc.Service, **options: Any) -> None:
+        self.calls = 0
+        self.may_send = False
+        ours, theirs = socket.socketpair()
+        self.peer = Peer(theirs)
+        stream = PlainStream(ours)
+        send = stream.send
+
+        def held_up(data: Any) -> int:
+            if not self.may_send:
+                raise BlockingIOError
+            return send(data)
+
+        @service.method
+        def count() -> bytes:
+            self.calls += 1
+            return b"x" * 95
+
+        #: What one answer of ``count`` takes.
+        self.answer_size = len(msgpack.packb([1, 0, None, b"x" * 95]))
+        stream.send = held_up  # type: ignore[assignment]
+        self.connection = Connection(stream, service.table(), ConnectionOptions(**options), counters=Counters())
+        self.life = gevent.spawn(self.connection.run)
+
+    def call_one_after_the_other(self, number: int) -> int:
+        """Send ``number`` requests, each when the last one has been answered; how many that were."""
+        before = self.calls
+        for expected in range(before + 1, before + 1 + number):
+            self.peer.send([0, 0, "count", []])
+            # What is sent is there: a few turns of the loop are enough for it to be read and carried out.
+            for _ in range(10):
+                gevent.sleep(0)
+                gevent.sleep(0.0001)
+                if self.calls == expected:
+                    break
+        return self.calls - before
+
+    def let_go(self) -> None:
+        self.may_send = True
+
+
+@pytest.fixture
+def make_stuck(service: gmprpc.Service) -> Iterator[Callable[..., Stuck]]:
+    made: list[Stuck] = []
+
+    def make(**options: Any) -> Stuck:
+        made.append(Stuck(service, **options))
+        return made[-1]
+
+    yield make
+    for stuck in made:
+        stuck.peer.close()
+        stuck.connection.abort()
+        stuck.life.join()
+
+
+def test_reading_goes_on_up_to_max_unsent_size_and_stops_above(make_stuck: Callable[..., Stuck]) -> None:
+    size = make_stuck().answer_size
+    for limit, answered in ((3 * size - 1, 3), (3 * size, 4), (3 * size + 1, 4)):
+        stuck = make_stuck(max_unsent_size=limit)
+        assert stuck.call_one_after_the_other(10) == answered
+        stuck.let_go()
+        assert [stuck.peer.receive() for _ in range(10)] == [[1, 0, None, b"x" * 95]] * 10
+        assert stuck.call_one_after_the_other(5) == 5
+
+
+def test_an_answer_takes_its_place_of_max_concurrency_until_it_is_sent(make_stuck: Callable[..., Stuck]) -> None:
+    for limit in (1, 2, 7):
+        stuck = make_stuck(max_concurrency=limit)
+        assert stuck.call_one_after_the_other(10) == limit
+        assert stuck.connection.in_flight == limit
+        stuck.let_go()
+        for _ in range(10):
+            stuck.peer.receive()
+        while stuck.connection.in_flight:
+            gevent.sleep(0.001)
+        assert stuck.call_one_after_the_other(5) == 5
+
+
+def test_of_what_comes_at_once_no_more_is_carried_out_than_there_are_places(make_stuck: Callable[..., Stuck]) -> None:
+    stuck = make_stuck(max_concurrency=20)
+    assert stuck.call_one_after_the_other(1) == 1
+    stuck.peer.send(*[[0, 0, "count", []]] * 50)
+    wait_until(lambda: stuck.calls == 20)
+    gevent.sleep(0.01)
+    assert stuck.calls == 20
+    stuck.let_go()
+    for _ in range(51):
+        stuck.peer.receive()
+
+
+def test_without_limits_everything_is_read(make_stuck: Callable[..., Stuck]) -> None:
+    stuck = make_stuck(max_unsent_size=None, max_concurrency=None)
+    stuck.peer.send(*[[0, 0, "count", []]] * 3000)
+    wait_until(lambda: stuck.calls == 3000)
+    stuck.let_go()
+    for _ in range(3000):
+        stuck.peer.receive()
+
+
+def test_calls_of_this_side_take_no_places(make_stuck: Callable[..., Stuck]) -> None:
+    stuck = make_stuck(max_concurrency=5)
+    for _ in range(10):
+        stuck.connection.notify("note")
+    assert stuck.connection.in_flight == 0
+    assert stuck.call_one_after_the_other(10) == 5
+    stuck.let_go()
+    received = [stuck.peer.receive() for _ in range(20)]
+    assert received.count([2, "note", []]) == 10
 
 
 def test_what_is_written_to_a_peer_that_has_gone_ends_the_connection(service: gmprpc.Service, pair: Pair) -> None:

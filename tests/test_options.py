@@ -11,6 +11,7 @@ import pytest
 from gmprpc.options import (
     CLIENT_MAX_MESSAGE_SIZE,
     MAX_CONCURRENCY,
+    MAX_UNSENT_SIZE,
     SERVER_MAX_MESSAGE_SIZE,
     ConnectionOptions,
     check_timeout,
@@ -21,6 +22,7 @@ def test_the_defaults_are_those_of_a_server() -> None:
     options = ConnectionOptions()
     assert options.max_message_size == SERVER_MAX_MESSAGE_SIZE == 1024 * 1024
     assert options.max_concurrency == MAX_CONCURRENCY == 256
+    assert options.max_unsent_size == MAX_UNSENT_SIZE == 256 * 1024
     assert options.reuse_greenlets is True
     assert options.hide_errors is False
     assert options.packer_options == options.unpacker_options == {}
@@ -33,7 +35,7 @@ def test_options_can_not_be_changed() -> None:
         options.max_message_size = 5  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["max_message_size", "max_concurrency"])
+@pytest.mark.parametrize("name", ["max_message_size", "max_concurrency", "max_unsent_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.0, "5", math.inf])
 def test_a_limit_is_a_whole_number_from_1_on(name: str, value: Any) -> None:
     options: dict[str, Any] = {name: value}
@@ -43,13 +45,14 @@ def test_a_limit_is_a_whole_number_from_1_on(name: str, value: Any) -> None:
     assert getattr(ConnectionOptions(**options), name) == 1
 
 
-def test_no_limit_is_only_for_concurrency() -> None:
-    assert ConnectionOptions(max_concurrency=None).max_concurrency is None
+def test_only_the_size_of_a_message_has_to_have_a_limit() -> None:
+    options = ConnectionOptions(max_concurrency=None, max_unsent_size=None)
+    assert options.max_concurrency is options.max_unsent_size is None
     with pytest.raises(ValueError):
         ConnectionOptions(max_message_size=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["max_message_size", "max_concurrency"])
+@pytest.mark.parametrize("name", ["max_message_size", "max_concurrency", "max_unsent_size"])
 def test_a_limit_is_not_true(name: str) -> None:
     options: dict[str, Any] = {name: True}
     with pytest.raises(ValueError):

@@ -147,6 +147,7 @@ def test_methods_may_be_registered_and_forgotten_while_connections_live(server: 
         {"max_message_size": "1"},
         {"max_concurrency": 0},
         {"max_connections": 0},
+        {"max_unsent_size": 0},
         {"stop_timeout": -1},
         {"handshake_timeout": -1},
         {"read_timeout": -1},
