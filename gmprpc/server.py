@@ -140,12 +140,13 @@ class Server(Registry):
         self._counters = Counters()
         self._acceptor: Acceptor | None = None
         self._socket_file: tuple[str, tuple[int, int] | None] | None = None
-        self._connections: set[Connection] = set()
+        self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
         self._greenlets = ConnectionGreenlets()
         self._arrivals: dict[Any, Callable[[], Any]] = {}  # What has no connection yet, with what closes it.
         self._handshakes: set[Any] = set()  # Those of the greenlets that have no connection yet.
         self._is_stopping = False
         self._stopped = Event()
+        self._hub: Any = None  # Of the thread that starts it; a program may fork before.
 
     # Where it listens.
 
@@ -175,14 +176,14 @@ class Server(Registry):
     @property
     def connections(self) -> frozenset[Connection]:
         """The connections that are live now."""
-        return frozenset(self._connections)
+        return frozenset(self._connections.values())
 
     def statistics(self) -> dict[str, int]:
         """What happened since the server was made, and how much is going on now; see :class:`Counters`."""
         return {
             **self._counters.snapshot(),
             "open_connections": len(self._connections),
-            "in_flight": sum(connection.in_flight for connection in self._connections),
+            "in_flight": sum(connection.in_flight for connection in self._connections.values()),
         }
 
     # Its life.
@@ -196,7 +197,8 @@ class Server(Registry):
         if self._acceptor is not None:
             return
         self._is_stopping = False
-        self._stopped.clear()
+        self._stopped = Event()  # An earlier stop may still be waiting for its connections.
+        self._hub = gevent.get_hub()
         listener = open_listener(self._listener)
         acceptor = Acceptor(
             listener,
@@ -255,34 +257,44 @@ class Server(Registry):
 
         Accepting ends at once. Everything that has been received is answered, then each connection is closed. What is
         still at work after ``timeout`` seconds (by default ``stop_timeout``) is cut. May be called any number of times
-        and from anywhere; a call with a shorter timeout cuts short one that waits. Called by a handler or a hook it
-        returns 0 at once, since it is one of those that have to be waited for.
+        and from anywhere; a call with a shorter timeout cuts short one that waits.
+
+        Where it can't wait it returns 0 at once and goes on by itself: called by a handler or a hook, which are among
+        those that have to be waited for; by a callback of the loop, as a handler of signals may be; in another thread.
         """
+        if timeout is None:
+            timeout = self.stop_timeout
+        if self._hub is not None and gevent.get_hub() is not self._hub:
+            if (loop := self._hub.loop) is not None:  # It goes when its thread ends.
+                loop.run_callback_threadsafe(gevent.spawn, self._stop, timeout)
+            return 0
         # In a greenlet of its own: whoever waits for it may lose patience.
-        stopping = gevent.spawn(self._stop, self.stop_timeout if timeout is None else timeout)
+        stopping = gevent.spawn(self._stop, timeout)
         current: Any = gevent.getcurrent()
-        if _is_in_handler() or current in self._greenlets:
+        if _is_in_handler() or current in self._greenlets or current is self._hub:
             return 0
         cut: int = stopping.get()
         return cut
 
     def _stop(self, timeout: float | None) -> int:
         self._is_stopping = True
+        stopped = self._stopped
         self.close()
         gevent.killall(self._handshakes, block=False)  # Nothing has been received.
-        for connection in self._connections:
+        for connection in self._connections.values():
             connection.finish()
-        cut = 0
-        if not self._greenlets.join(timeout):
-            cut = sum(connection.in_flight for connection in self._connections)
-            if cut:
-                # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
-                logger.warning("%d requests were cut after %g s", cut, timeout)
-            for connection in list(self._connections):
-                connection.abort()
-            self._greenlets.join(_ABORT_TIMEOUT)
-            self._greenlets.kill(block=False)
-        self._stopped.set()
+        greenlets = list(self._greenlets)  # Not those that come after another start.
+        gevent.joinall(greenlets, timeout)
+        late = [greenlet for greenlet in greenlets if not greenlet.ready()]
+        connections = [self._connections[greenlet] for greenlet in late if greenlet in self._connections]
+        if cut := sum(connection.in_flight for connection in connections):
+            # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
+            logger.warning("%d requests were cut after %g s", cut, timeout)
+        for connection in connections:
+            connection.abort()
+        gevent.joinall(late, _ABORT_TIMEOUT)
+        gevent.killall(late, block=False)
+        stopped.set()
         return cut
 
     def _abandon(self) -> None:
@@ -326,14 +338,15 @@ class Server(Registry):
                 plain.close()
                 raise
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
-        self._connections.add(connection)
+        life: Any = gevent.getcurrent()
+        self._connections[life] = connection
         del self._arrivals[socket]
         if self._is_stopping:
             connection.finish()
         try:
             error = connection.run()
         finally:
-            self._connections.discard(connection)
+            self._connections.pop(life, None)  # In a process that was forked off it isn't there any more.
         if error is not None and self._on_error is not None:
             self._run_hook(self._on_error, connection, error)
         elif error is None and self._on_eof is not None:
