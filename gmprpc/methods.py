@@ -32,18 +32,22 @@ class MethodTable(dict[str, Handler]):
     It has an entry for every name: the one for unknown methods answers with the error of AnyEvent::MPRPC.
     """
 
-    __slots__ = ("__weakref__", "_wrap")
+    __slots__ = ("__weakref__", "_wrappers")
 
-    def __init__(self, wrap: Wrapper | None = None) -> None:
+    def __init__(self, *wrappers: Wrapper) -> None:
         super().__init__()
-        self._wrap = wrap
+        self._wrappers = wrappers
 
     def __setitem__(self, name: str, function: Handler) -> None:
-        super().__setitem__(name, function if self._wrap is None else self._wrap(function))
+        super().__setitem__(name, self._wrapped(function))
 
     def __missing__(self, name: str) -> Handler:
-        unknown = partial(_raise_unknown, name)
-        return unknown if self._wrap is None else self._wrap(unknown)
+        return self._wrapped(partial(_raise_unknown, name))
+
+    def _wrapped(self, function: Handler) -> Handler:
+        for wrap in self._wrappers:
+            function = wrap(function)
+        return function
 
 
 class Methods(Mapping[str, Handler]):
@@ -108,9 +112,12 @@ class Methods(Mapping[str, Handler]):
         for table in self._tables.values():
             del table[name]
 
-    def table(self, wrap: Wrapper | None = None) -> MethodTable:
-        """A live table of these methods; ``wrap`` gives what is called in place of each, unknown ones included."""
-        table = MethodTable(wrap)
+    def table(self, *wrappers: Wrapper) -> MethodTable:
+        """A live table of these methods; each wrapper gives what is called in place of each, unknown ones included.
+
+        The first one comes closest to the method.
+        """
+        table = MethodTable(*wrappers)
         for name, function in self._handlers.items():
             table[name] = function
         self._tables[id(table)] = table

@@ -28,9 +28,11 @@ class Counters:
     unknown_methods: int = 0
     #: Requests and notifications beyond ``max_concurrency`` that couldn't be left unread.
     refused_messages: int = 0
+    #: Requests that were answered with an error because their handlers took longer than ``reply_timeout``.
+    expired_requests: int = 0
     #: Answers that came for a call that nobody waits for: timed out, cancelled, or never made.
     late_answers: int = 0
-    #: Answers that a handler gave after its connection had gone.
+    #: Answers that a handler gave after its connection had gone, or its time was over.
     dropped_answers: int = 0
 
     def snapshot(self) -> dict[str, int]:

@@ -36,6 +36,8 @@ class Reply(_AsyncResult):
         self._hub = gevent.get_hub()
         # Whoever pops the one item may set the value: popping is atomic among threads.
         self._right_to_answer = [True]
+        # Likewise the right to be told nothing about an answer that comes too late; `expire` grants it.
+        self._right_to_be_late: list[Callable[[], Any]] = []
         self._is_cancelled = False
         self._cancel_callbacks: list[Callable[[], Any]] = []
         # What the connection wants to have called when this is dropped unanswered.
@@ -60,8 +62,8 @@ class Reply(_AsyncResult):
 
     def set(self, value: Any = None) -> None:
         """Answer with the result ``value``; raises :exc:`AlreadyAnswered` like :meth:`result`."""
-        self._claim()
-        self._in_own_thread(super().set, value)
+        if self._claim():
+            self._in_own_thread(super().set, value)
 
     set_result = set  # As gevent names it once more.
 
@@ -69,15 +71,15 @@ class Reply(_AsyncResult):
         """Answer with an error, as if the handler had raised ``exception``; raises like :meth:`error`."""
         if not isinstance(exception, BaseException):
             raise TypeError(f"{exception!r} is no exception")
-        self._claim()
-        self._in_own_thread(super().set_exception, exception, exc_info)
+        if self._claim():
+            self._in_own_thread(super().set_exception, exception, exc_info)
 
     def answered(self) -> bool:
         """True once the answer is given, even while it is still on its way from another thread."""
         return not self._right_to_answer
 
     def cancelled(self) -> bool:  # type: ignore[override]
-        """True once nobody waits for the answer any more: the connection was lost."""
+        """True once nobody waits for the answer any more: the connection was lost, or it took too long."""
         return self._is_cancelled
 
     def on_cancel(self, callback: Callable[[], Any]) -> None:
@@ -98,11 +100,35 @@ class Reply(_AsyncResult):
             for callback in callbacks:
                 gevent.spawn(callback)
 
-    def _claim(self) -> None:
+    def expire(self, error: Any, on_late: Callable[[], Any]) -> bool:
+        """Answer with ``error`` in place of whoever should have; in the hub. False if it was answered before.
+
+        An answer that still comes is dropped, and ``on_late()`` called.
+        """
+        if self._is_cancelled or self.answered():
+            return False
+        self._right_to_be_late.append(on_late)  # First: in another thread an answer may be given at this moment.
+        self._cancel()
         try:
             self._right_to_answer.pop()
         except IndexError:
-            raise AlreadyAnswered("this reply was answered before; the first answer stands") from None
+            self._right_to_be_late.clear()
+            return False
+        super().set_exception(ErrorResponse(error))
+        return True
+
+    def _claim(self) -> bool:
+        """Take the right to answer; False if the answer comes too late to be one."""
+        try:
+            self._right_to_answer.pop()
+        except IndexError:
+            try:
+                on_late = self._right_to_be_late.pop()
+            except IndexError:
+                raise AlreadyAnswered("this reply was answered before; the first answer stands") from None
+            self._in_own_thread(on_late)
+            return False
+        return True
 
     def _in_own_thread(self, function: Callable[..., Any], *args: Any) -> None:
         # AsyncResult calls its links in the thread that sets it.
@@ -117,6 +143,13 @@ class Reply(_AsyncResult):
             loop = self._hub.loop
             if loop is not None:
                 loop.run_callback_threadsafe(self._on_drop)
+
+
+def failure_of(result: Any) -> BaseException:
+    """What a ``result`` that has failed, an AsyncResult or a Greenlet, has failed with."""
+    exc = result.exception
+    # gevent's set_exception takes anything.
+    return exc if isinstance(exc, BaseException) else TypeError(f"{exc!r} is no exception")
 
 
 class PendingCall(_AsyncResult):

@@ -21,12 +21,12 @@ from gevent import Greenlet, GreenletExit
 from gevent.event import AsyncResult
 
 from .calls import switch
-from .exceptions import ErrorResponse, text_of
+from .exceptions import CallCancelled, ErrorResponse, text_of
 from .methods import UnknownMethod, params_mismatch
 from .metrics import Counters
 from .options import ConnectionOptions
 from .protocol import RESPONSE, Encoder, Message
-from .reply import Reply, get_thread_ident
+from .reply import Reply, failure_of, get_thread_ident
 from .transport import format_address
 
 # The logger of the connection: where a request is carried out is nothing that a reader of logs should have to know.
@@ -42,13 +42,17 @@ _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 # A packer keeps the largest buffer that it ever needed; past this size it isn't kept itself. Picked arbitrarily.
 _KEPT_SIZE = 256 * 1024
 
-# What a handler may return to have it answered later.
-_DEFERRED = (AsyncResult, Greenlet)
+#: What a handler may return to have it answered later.
+DEFERRED: Final = (AsyncResult, Greenlet)
 
 if TYPE_CHECKING:
     _Greenlet = Greenlet[Any, Any]
 else:
     _Greenlet = Greenlet  # It is generic in its stubs only.
+
+
+class AnsweredAlready(BaseException):
+    """Raised in place of what a handler has returned or raised (the cause, then) after it was answered for."""
 
 
 class Owner(Protocol):
@@ -144,11 +148,33 @@ class Requests:
 
     # Answers other than a handler's plain result.
 
+    def answer_instead(self, request: RequestGreenlet, error: Any) -> None:
+        """Answer ``error`` for the handler of ``request``, which is still at work; it has to end in AnsweredAlready."""
+        assert request.message is not None
+        self.count_expired()
+        self.out.append(self.error_response(request.message[1], error))
+        if request.reply is not None and (reply := request.reply()) is not None:
+            reply._cancel()
+        self.owner.settle_soon()
+
+    def count_expired(self) -> None:
+        """Count a request that was answered because of the time it took."""
+        self._counters.expired_requests += 1
+
+    def drop_late(self) -> None:
+        """Count an answer that came too late to be one."""
+        self._counters.dropped_answers += 1
+
     def fail(self, msgid: int | None, method: str, params: Sequence[Any] | None, exc: BaseException) -> None:
         """Answer that a handler raised ``exc``, then log it.
 
         ``params`` is None where they can't be the reason. Not in the hub, where nobody may wait for a log.
         """
+        if isinstance(exc, AnsweredAlready):
+            self.drop_late()
+            if exc.__cause__ is None or isinstance(exc.__cause__, CallCancelled):
+                return
+            exc, msgid = exc.__cause__, None
         mark = ""
         is_fault = False  # Of the handler; not of the caller, nor what the handler chose to answer.
         error: Any
@@ -201,9 +227,7 @@ class Requests:
         elif result is None:
             exc = ErrorResponse(DROPPED_REPLY)
         elif not result.successful():
-            exc = result.exception
-            if not isinstance(exc, BaseException):  # gevent's set_exception takes anything.
-                exc = TypeError(f"{exc!r} is no exception")
+            exc = failure_of(result)
         elif msgid is not None:
             try:
                 self.out.append(self.encoder.response(msgid, None, result.value))
@@ -287,11 +311,11 @@ class RequestGreenlet(_Greenlet):
                             owner.flush()
                             if len(answer) > _KEPT_SIZE:
                                 pack = requests.encoder.new_pack()
-                    elif isinstance(result, _DEFERRED):
+                    elif isinstance(result, DEFERRED):
                         requests.defer(None, method, result)
                 except BaseException as exc:
                     # msgpack can't pack what completes later: so nobody has to ask of every result whether it does.
-                    if isinstance(result, _DEFERRED) and not isinstance(exc, GreenletExit):
+                    if isinstance(result, DEFERRED) and not isinstance(exc, GreenletExit):
                         requests.defer(msgid, method, result)
                     else:
                         self._fail(exc)
@@ -353,7 +377,7 @@ def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
         return options
 
     def default_of_others(obj: Any) -> Any:
-        if isinstance(obj, _DEFERRED):
+        if isinstance(obj, DEFERRED):
             raise TypeError(f"can not serialize {type(obj).__name__!r} object")
         return default(obj)
 

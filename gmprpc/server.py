@@ -18,7 +18,8 @@ from gevent.event import Event
 from .acceptor import Acceptor, ConnectionGreenlets
 from .connection import Connection, current_call
 from .exceptions import RPCError
-from .methods import Handler
+from .expiry import expiring
+from .methods import Handler, Wrapper
 from .metrics import Counters
 from .options import (
     MAX_CONCURRENCY,
@@ -71,8 +72,9 @@ class Server(Registry):
 
     Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS,
     ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for a peer that takes no
-    answers, ``idle_timeout`` for a connection on which nothing happens and nothing is at work. ``stop_timeout`` is for
-    :meth:`stop`.
+    answers, ``idle_timeout`` for a connection on which nothing happens and nothing is at work. ``reply_timeout`` ends
+    no connection: it is what a request may take before it is answered with an error, and :exc:`CallCancelled` raised
+    in its handler. ``stop_timeout`` is for :meth:`stop`.
 
     ``packer_options`` and ``unpacker_options`` go to msgpack's Packer and Unpacker; their hooks must not block.
     ``hide_errors`` answers ``internal error (id)`` in place of what a handler raised; the log has the id too.
@@ -100,6 +102,7 @@ class Server(Registry):
         read_timeout: float | None = READ_TIMEOUT,
         write_timeout: float | None = WRITE_TIMEOUT,
         idle_timeout: float | None = None,
+        reply_timeout: float | None = None,
         stop_timeout: float | None = 10.0,
         # Encoding
         packer_options: Mapping[str, Any] | None = None,
@@ -110,6 +113,7 @@ class Server(Registry):
     ) -> None:
         check_limit("max_connections", max_connections)
         check_timeout("handshake_timeout", handshake_timeout)
+        check_timeout("reply_timeout", reply_timeout)
         check_timeout("stop_timeout", stop_timeout)
         #: What can be called.
         self.service = Service() if service is None else service
@@ -135,8 +139,13 @@ class Server(Registry):
             packer_options=packer_options or {},
             unpacker_options=unpacker_options or {},
         )
-        # What is off costs nothing: a hook for requests is wrapped around each method as it enters the table.
-        self._table = self.service.table(None if on_dispatch is None else partial(_dispatched, on_dispatch))
+        # What is off costs nothing: what concerns each request is wrapped around the methods as they enter the table.
+        wrappers: list[Wrapper] = []
+        if on_dispatch is not None:
+            wrappers.append(partial(_dispatched, on_dispatch))
+        if reply_timeout is not None:
+            wrappers.append(partial(expiring, reply_timeout))
+        self._table = self.service.table(*wrappers)
         self._counters = Counters()
         self._acceptor: Acceptor | None = None
         self._socket_file: tuple[str, tuple[int, int] | None] | None = None

@@ -102,9 +102,9 @@ class Service(Registry):
         self._own_table = self.table()
         self._counters = Counters()
 
-    def table(self, wrap: Wrapper | None = None) -> MethodTable:
-        """A live table of the methods for connections; ``wrap`` gives what is called in place of each."""
-        return self._methods.table(wrap)
+    def table(self, *wrappers: Wrapper) -> MethodTable:
+        """A live table of the methods for connections; each wrapper gives what is called in place of each method."""
+        return self._methods.table(*wrappers)
 
     def __call__(self, socket: Any, address: Any) -> None:
         """Serve ``socket`` until its peer is done and everything is answered; blocks this greenlet, takes the socket.

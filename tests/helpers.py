@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -56,6 +57,11 @@ class Peer:
 
     def close(self) -> None:
         """Close."""
+        self.socket.close()
+
+    def reset(self) -> None:
+        """Close as a process that crashes does, without a proper end."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
     def __enter__(self) -> Self:

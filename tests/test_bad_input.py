@@ -446,9 +446,7 @@ def test_an_answer_after_the_peer_has_gone_is_dropped_and_counted(
     peer = Peer.connect(server.address)
     peer.send([0, 1, "slow", []], [0, 2, "later", []], [0, 3, "echo", [b"x" * 100_000]])
     wait_until(lambda: replies and server.statistics()["in_flight"] == 3)
-    # Closing with unread input resets the connection.
-    peer.socket.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_LINGER, struct.pack("ii", 1, 0))
-    peer.close()
+    peer.reset()
     wait_until(lambda: len(server.connections) == 1)
     assert replies[0].cancelled()
     replies[0].result("too late")

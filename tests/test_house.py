@@ -21,6 +21,7 @@ FLOORS: dict[str, int] = {
     "server": 7,
     "service": 6,
     "connection": 5,
+    "expiry": 5,
     "requests": 4,
     "calls": 3,
     "acceptor": 3,
