@@ -21,6 +21,7 @@ from .exceptions import (
 from .reply import PendingCall, Reply
 from .server import Server, mprpc_server
 from .service import Service
+from .transport import UnixPeer
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Reply",
     "Server",
     "Service",
+    "UnixPeer",
     "__version__",
     "current_call",
     "mprpc_client",

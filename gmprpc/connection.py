@@ -89,7 +89,7 @@ class Call:
 
     @property
     def peer(self) -> Any:
-        """The address of the caller: ``(host, port, ...)``, or a text for a unix socket."""
+        """Who calls: ``(host, port, ...)``, or a :class:`~gmprpc.UnixPeer` with its process and user."""
         return self.connection.peer
 
 

@@ -70,7 +70,7 @@ class _Expiry:
         self._reply: weakref.ref[Reply] | None = None
         #: True once the request has been answered with an error while its handler was at work.
         self.has_passed = False
-        self._timer = request.requests.hub.loop.timer(timeout)
+        self._timer: Any = request.requests.hub.loop.timer(timeout)
         self._timer.start(self._pass, update=True)  # From now on, not from when the loop last looked at the clock.
 
     def lift(self) -> None:

@@ -37,11 +37,13 @@ from .transport import (
     UNIX_HOST,
     UNIX_PREFIX,
     PlainStream,
+    SocketFile,
     Stream,
     TLSStream,
     file_identity,
     format_address,
     open_listener,
+    peer_of,
 )
 
 logger = logging.getLogger("gmprpc.server")
@@ -58,6 +60,9 @@ class Server(Registry):
     ``listener`` is what :class:`gevent.server.StreamServer` takes (``(host, port)``, ``"host:port"``, a port, a
     listening socket), ``"unix:/path"``, or ``"fd://3"`` for a listening descriptor. ``service`` has the methods;
     without one the server makes its own, and the server's own registration methods go to it either way.
+
+    ``socket_mode``, ``socket_user`` and ``socket_group`` are those of the file of ``"unix:/path"``: who may write to it
+    may connect. It is theirs before anybody can.
 
     Hooks run in the greenlet of the connection, ``on_dispatch`` in that of the request:
 
@@ -87,6 +92,10 @@ class Server(Registry):
         service: Service | None = None,
         *,
         ssl_context: ssl.SSLContext | None = None,
+        # The file of a unix socket
+        socket_mode: int | None = None,
+        socket_user: str | int | None = None,
+        socket_group: str | int | None = None,
         # Hooks
         on_accept: Hook | None = None,
         on_dispatch: Hook | None = None,
@@ -111,6 +120,9 @@ class Server(Registry):
         hide_errors: bool = False,
         reuse_greenlets: bool = True,
     ) -> None:
+        is_unix = isinstance(listener, str) and listener.startswith(UNIX_PREFIX)
+        if not is_unix and (socket_mode, socket_user, socket_group) != (None, None, None):
+            raise ValueError("socket_mode, socket_user and socket_group are for unix:PATH, which makes a file")
         check_limit("max_connections", max_connections)
         check_timeout("handshake_timeout", handshake_timeout)
         check_timeout("reply_timeout", reply_timeout)
@@ -121,6 +133,7 @@ class Server(Registry):
         #: Seconds that :meth:`stop` gives what is in flight.
         self.stop_timeout = stop_timeout
         self._listener = listener
+        self._file_wanted = SocketFile(socket_mode, socket_user, socket_group) if is_unix else None
         self._ssl_context = ssl_context
         self._on_accept = on_accept
         self._on_error = on_error
@@ -148,7 +161,7 @@ class Server(Registry):
         self._table = self.service.table(*wrappers)
         self._counters = Counters()
         self._acceptor: Acceptor | None = None
-        self._socket_file: tuple[str, tuple[int, int] | None] | None = None
+        self._file: tuple[str, tuple[int, int] | None] | None = None  # Its path, and what tells it from another one.
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
         self._greenlets = ConnectionGreenlets()
         self._arrivals: dict[Any, Callable[[], Any]] = {}  # What has no connection yet, with what closes it.
@@ -202,13 +215,14 @@ class Server(Registry):
 
         Raises:
             OSError: the address is in use, say, or not ours to use.
+            LookupError: there is no such ``socket_user`` or ``socket_group``.
         """
         if self._acceptor is not None:
             return
         self._is_stopping = False
         self._stopped = Event()  # An earlier stop may still be waiting for its connections.
         self._hub = gevent.get_hub()
-        listener = open_listener(self._listener)
+        listener = open_listener(self._listener, self._file_wanted)
         acceptor = Acceptor(
             listener,
             self._serve,
@@ -220,9 +234,9 @@ class Server(Registry):
         acceptor.start()
         self._acceptor = acceptor
         _servers.add(self)
-        if isinstance(self._listener, str) and self._listener.startswith(UNIX_PREFIX):
+        if self._file_wanted is not None:
             path = str(acceptor.address)
-            self._socket_file = path, file_identity(path)
+            self._file = path, file_identity(path)
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
         """Serve until :meth:`stop` is called, or SIGTERM or SIGINT comes.
@@ -254,9 +268,9 @@ class Server(Registry):
             while accepted := acceptor.do_read():
                 acceptor.do_handle(*accepted)
         acceptor.close()
-        if self._socket_file is not None:
-            path, identity = self._socket_file
-            self._socket_file = None
+        if self._file is not None:
+            path, identity = self._file
+            self._file = None
             if identity is not None and file_identity(path) == identity:
                 with suppress(OSError):
                     os.unlink(path)
@@ -313,7 +327,7 @@ class Server(Registry):
             acceptor.stop_accepting()
             if not hasattr(self._listener, "accept"):  # A socket that was handed in is not ours to close.
                 acceptor.close()
-        self._socket_file = None
+        self._file = None
         for let_go in self._arrivals.values():
             let_go()
         self._arrivals.clear()
@@ -330,7 +344,7 @@ class Server(Registry):
     # The life of a connection, in its own greenlet.
 
     def _serve(self, socket: Any, address: Any) -> None:
-        peer = address or self.address
+        peer = peer_of(socket, address)
         if self._on_accept is not None and self._run_hook(self._on_accept, socket, address, failed=False) is False:
             return
         plain = PlainStream(socket)

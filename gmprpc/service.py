@@ -14,7 +14,7 @@ from .connection import Connection, current_call, current_reply
 from .methods import Handler, Methods, MethodTable, Wrapper
 from .metrics import Counters
 from .options import ConnectionOptions
-from .transport import PlainStream
+from .transport import PlainStream, peer_of
 
 logger = logging.getLogger("gmprpc.service")
 
@@ -117,8 +117,9 @@ class Service(Registry):
                 "a gmprpc service speaks MessagePack-RPC, not HTTP: run it with `gmprpc serve`, or with gunicorn's "
                 "`-k gmprpc.gunicorn.Worker`"
             )
+        peer = peer_of(socket, address)
         connection = Connection(
-            PlainStream(socket), self._own_table, ConnectionOptions(), counters=self._counters, peer=address
+            PlainStream(socket), self._own_table, ConnectionOptions(), counters=self._counters, peer=peer
         )
         connection.run()
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket as stdlib_socket
 import ssl
 import stat
+import struct
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gevent
@@ -372,14 +375,74 @@ def connect(address: Any, before_connect: Callable[[socket.socket], Any] | None 
     raise ConnectFailed(f"can't connect to {format_address(place)}: {reason}") from failure
 
 
-def open_listener(listener: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class UnixPeer:
+    """Who is at the other end of a unix socket, as the kernel saw it when that process connected.
+
+    On systems that don't tell all but ``path`` are None.
+    """
+
+    #: The address that it connected to.
+    path: str
+    #: The number of its process.
+    pid: int | None = None
+    #: The user and the group that it ran as.
+    uid: int | None = None
+    gid: int | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.pid is None else f"{self.path} (pid {self.pid}, uid {self.uid}, gid {self.gid})"
+
+
+def peer_of(sock: Any, address: Any) -> Any:
+    """Who has connected ``sock``: the ``address`` that the system gave with it, or a :class:`UnixPeer`."""
+    if sock.family != stdlib_socket.AF_UNIX:
+        return address
+    name = sock.getsockname()
+    path = UNIX_PREFIX + (name if isinstance(name, str) else name.decode(errors="replace").replace("\0", "@"))
+    try:
+        credentials = sock.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_PEERCRED, _CREDENTIALS.size)
+    except (AttributeError, OSError):
+        return UnixPeer(path)
+    return UnixPeer(path, *_CREDENTIALS.unpack(credentials))
+
+
+# Linux's struct ucred.
+_CREDENTIALS = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class SocketFile:
+    """Whose the file of a unix socket is to be, and what others may do; None leaves it to the system.
+
+    The names and meanings are those of systemd's SocketMode, SocketUser and SocketGroup: writing is connecting.
+    """
+
+    mode: int | None = None
+    user: str | int | None = None
+    group: str | int | None = None
+
+    def apply(self, path: str) -> None:
+        """Change the file at ``path``; raises OSError where that isn't allowed, LookupError for an unknown name."""
+        if self.user is not None or self.group is not None:
+            shutil.chown(path, _number_or_name(self.user), _number_or_name(self.group))  # type: ignore[arg-type]
+        if self.mode is not None:
+            os.chmod(path, self.mode)
+
+
+def _number_or_name(owner: str | int | None) -> str | int | None:
+    return int(owner) if isinstance(owner, str) and owner.isdecimal() else owner
+
+
+def open_listener(listener: Any, socket_file: SocketFile | None = None) -> Any:
     """The listening socket that ``listener`` stands for.
 
     That is every form which :class:`gevent.server.StreamServer` takes, ``"unix:/path"``, and ``"fd://3"``, which takes
-    over a listening descriptor, as from systemd. A socket is handed through.
+    over a listening descriptor, as from systemd. A socket is handed through. ``socket_file`` is for ``"unix:/path"``.
 
     Raises:
-        OSError: it can't be bound.
+        OSError: it can't be bound, or its file not be changed.
+        LookupError: ``socket_file`` names a user or a group that there isn't.
         ValueError: it is no address.
     """
     if hasattr(listener, "accept"):
@@ -390,7 +453,7 @@ def open_listener(listener: Any) -> Any:
         if not path:
             raise ValueError(f"{listener!r}: give the path of the socket, as in unix:/run/app.sock")
         remove_stale(path)
-        return _listen(socket.AF_UNIX, path)
+        return _listen(socket.AF_UNIX, path, socket_file)
     if isinstance(listener, str) and listener.startswith(FD_PREFIX):
         number = listener.removeprefix(FD_PREFIX)
         if not number.isdigit():
@@ -404,13 +467,19 @@ def open_listener(listener: Any) -> Any:
     return _listen(family, address)
 
 
-def _listen(family: int, address: Any) -> socket.socket:
+def _listen(family: int, address: Any, socket_file: SocketFile | None = None) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family != socket.AF_UNIX:
             # After a restart the port is ours again at once, as with gevent's StreamServer.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        if socket_file is not None:
+            try:
+                socket_file.apply(address)  # Before anybody can connect.
+            except BaseException:
+                os.unlink(address)
+                raise
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
@@ -422,7 +491,7 @@ def remove_stale(path: str) -> None:
     """Remove the file of a unix socket that nobody listens on any more.
 
     Raises:
-        OSError: (EADDRINUSE) somebody does, or the file is no socket.
+        OSError: (EADDRINUSE) somebody does, or the file is no socket; or it can't be told.
     """
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -432,8 +501,11 @@ def remove_stale(path: str) -> None:
     # Not gevent's: that would try again and again while the other's queue is full.
     with _RawSocket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        if probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT):
-            raise OSError(errno.EADDRINUSE, "another server listens there", path)
+        answer = probe.connect_ex(path)
+    if answer in (0, errno.EAGAIN):
+        raise OSError(errno.EADDRINUSE, "another server listens there", path)
+    if answer not in (errno.ECONNREFUSED, errno.ENOENT):
+        raise OSError(answer, os.strerror(answer), path)
     with suppress(FileNotFoundError):
         os.unlink(path)
 

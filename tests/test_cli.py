@@ -382,6 +382,27 @@ def test_time_limits_reach_the_connections(by_option: bool) -> None:
                 assert sock.recv(1) == b""
 
 
+def test_limits_of_connections_and_answers_reach_the_server(app_dir: Path) -> None:
+    options = ["--max-connections=1", "--max-unsent-size=1", "--reply-timeout=0.05"]
+    with serving_app(app_dir, *options) as served, gmprpc.Client(served.addresses[0]) as client:
+        with pytest.raises(gmprpc.RemoteError, match=r"no answer within 0\.05 s"):
+            client.call("wait_until_it_happens")
+        host, port = served.addresses[0].split(":")
+        with socket.create_connection((host, int(port))) as sock:
+            assert sock.recv(1) == b""
+        served.expect(r"refused: there are max_connections \(1\)")
+
+
+def test_the_file_of_a_unix_socket_is_made_as_the_options_say(app_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    options = ["--socket-mode=600", f"--socket-user={os.getuid()}"]
+    with serving_app(app_dir, *options, binds=(f"unix:{path}", ANY_PORT)):
+        assert path.stat().st_mode & 0o777 == 0o600
+    process = run("serve", "-b", f"unix:{path}", env={**os.environ, "GMPRPC_SOCKET_GROUP": "no such group"})
+    assert_fails(process, 3, f"can't listen on unix:{path}: no such group: 'no such group'")
+    assert_misused(run("serve", "--socket-mode=rw"), "'rw' are no permissions: give an octal number, as in 660")
+
+
 def test_option_outweighs_environment(app_dir: Path) -> None:
     with (
         serving_app(app_dir, "--max-message-size", "200", env={"GMPRPC_MAX_MESSAGE_SIZE": "100"}) as served,

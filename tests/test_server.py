@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import signal
 import ssl
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,16 +66,67 @@ def test_it_listens_on_a_descriptor(service: gmprpc.Service) -> None:
 
 def test_it_listens_on_a_unix_socket_and_removes_its_file(service: gmprpc.Service, tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    peers: list[Any] = []
-    service.register(lambda: peers.append(gmprpc.current_call().peer), "who")
     server = gmprpc.Server(f"unix:{path}", service)
     with server, Peer.connect(server.address) as peer:
         assert server.address == f"unix:{path}"
         assert server.server_port is None
-        peer.call("who")
-    assert peers == [f"unix:{path}"]
+        assert peer.call("echo", 1) == [1, 0, None, 1]
     assert not path.exists()
     serve_once(server)
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="this system doesn't tell who has connected")
+@pytest.mark.parametrize("kind", ["file", "abstract"])
+def test_the_peer_at_a_unix_socket_is_known_by_its_process_and_user(
+    service: gmprpc.Service, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "socket"
+    name = f"\0gmprpc-{os.getpid()}" if kind == "abstract" else str(path)
+    shown = f"unix:{name}".replace("\0", "@")
+    peers: list[Any] = []
+    service.register(lambda: peers.append(gmprpc.current_call().peer), "who")
+    script = (
+        "import socket, sys; sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1].replace('@', '\\0'));"
+        "sock.sendall(bytes.fromhex('940001a377686f90')); sock.recv(100)"
+    )
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(name)
+        listener.listen()
+        with gmprpc.Server(listener, service):
+            client = subprocess.Popen([sys.executable, "-c", script, name.replace("\0", "@")])
+            wait_until(lambda: client.poll() is not None)
+    assert peers == [gmprpc.UnixPeer(shown, client.pid, os.getuid(), os.getgid())]
+    assert str(peers[0]) == f"{shown} (pid {client.pid}, uid {os.getuid()}, gid {os.getgid()})"
+    assert not caplog.records
+
+
+def test_the_file_of_a_unix_socket_is_whose_it_is_told_to_be(service: gmprpc.Service, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    nobody = 65534 if os.getuid() == 0 else os.getuid()
+    for mode in (0o600, 0o666):
+        with gmprpc.Server(f"unix:{path}", service, socket_mode=mode, socket_user=nobody) as server:
+            status = path.stat()
+            assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (mode, nobody, os.getgid())
+            serve_once(server)
+    group = grp.getgrgid(os.getgid()).gr_name
+    with gmprpc.Server(f"unix:{path}", service, socket_group=group):
+        assert path.stat().st_gid == os.getgid()
+
+
+@pytest.mark.parametrize("names", [{"socket_user": "no such user"}, {"socket_group": "no such group"}])
+def test_a_file_that_cant_be_given_away_is_not_left_behind(
+    service: gmprpc.Service, tmp_path: Path, names: dict[str, Any]
+) -> None:
+    server = gmprpc.Server(f"unix:{tmp_path}/socket", service, **names)
+    with pytest.raises(LookupError, match="no such"):
+        server.start()
+    assert not server.started
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_unix_socket_that_is_made_here_has_a_file() -> None:
+    with pytest.raises(ValueError, match="socket_mode, socket_user and socket_group are for unix:PATH"):
+        gmprpc.Server(("127.0.0.1", 0), socket_mode=0o600)
 
 
 def test_the_file_of_a_descriptor_that_was_handed_over_stays(service: gmprpc.Service, tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ from gmprpc.transport import (
     PlainStream,
     Stream,
     TLSStream,
+    UnixPeer,
     connect,
     file_identity,
     format_address,
     open_listener,
     parse_address,
+    peer_of,
     remove_stale,
     send_all,
 )
@@ -1304,6 +1306,34 @@ def test_a_live_server_that_is_swamped_is_alive(tmp_path: Path) -> None:
         first.connect(path)
         with gevent.Timeout(0.2), pytest.raises(OSError, match="another server listens there"):
             remove_stale(path)
+
+
+def test_a_socket_file_that_may_not_be_written_to_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forbidden(stdlib_socket.socket):  # To root, as whom tests may run, nothing is.
+        def connect_ex(self, address: Any, /) -> int:
+            return errno.EACCES
+
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(str(path))
+        monkeypatch.setattr(transport, "_RawSocket", Forbidden)
+        with pytest.raises(PermissionError, match="Permission denied"):
+            open_listener(f"unix:{path}")
+        assert path.exists()
+
+
+def test_who_connects_where_the_system_tells_nothing_is_known_by_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("socket.SO_PEERCRED", raising=False)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert peer_of(ours, "") == UnixPeer("unix:")
+        assert str(peer_of(ours, "")) == "unix:"
+
+
+def test_who_connects_over_tcp_is_known_by_the_address(tcp_sockets: tuple[Any, Any]) -> None:
+    assert peer_of(tcp_sockets[0], ("127.0.0.1", 5)) == ("127.0.0.1", 5)
 
 
 def test_a_unix_socket_needs_a_path() -> None:

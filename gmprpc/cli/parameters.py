@@ -38,3 +38,14 @@ def seconds(text: Any) -> float:
     if not 0 <= number < math.inf:
         raise click.BadParameter(f"{text!r} is no number of seconds.")
     return number
+
+
+def file_mode(text: Any) -> int:
+    """Permissions as `chmod` takes them: an octal number."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise click.BadParameter(f"{text!r} are no permissions: give an octal number, as in 660.")
+    return mode

@@ -14,9 +14,16 @@ from gevent import monkey
 from gevent.event import Event
 from gevent.pool import Group
 
-from gmprpc.options import MAX_CONCURRENCY, READ_TIMEOUT, SERVER_MAX_MESSAGE_SIZE, WRITE_TIMEOUT
+from gmprpc.options import (
+    MAX_CONCURRENCY,
+    MAX_CONNECTIONS,
+    MAX_UNSENT_SIZE,
+    READ_TIMEOUT,
+    SERVER_MAX_MESSAGE_SIZE,
+    WRITE_TIMEOUT,
+)
 from gmprpc.server import Server
-from gmprpc.transport import format_address
+from gmprpc.transport import UNIX_PREFIX, format_address
 
 from . import demo, parameters
 from .exits import Unreachable
@@ -70,6 +77,24 @@ DEFAULT_BIND = "127.0.0.1:4423"
     help="Requests in flight on one connection; further ones wait unread.",
 )
 @click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=MAX_CONNECTIONS,
+    envvar="GMPRPC_MAX_CONNECTIONS",
+    show_envvar=True,
+    metavar="N",
+    help="Connections at each place; one more is closed at once.",
+)
+@click.option(
+    "--max-unsent-size",
+    type=click.IntRange(min=1),
+    default=MAX_UNSENT_SIZE,
+    envvar="GMPRPC_MAX_UNSENT_SIZE",
+    show_envvar=True,
+    metavar="BYTES",
+    help="Read nothing from a peer that leaves more than this unread.",
+)
+@click.option(
     "--read-timeout",
     type=parameters.seconds,
     default=READ_TIMEOUT,
@@ -94,6 +119,36 @@ DEFAULT_BIND = "127.0.0.1:4423"
     show_envvar=True,
     metavar="SECONDS",
     help="Close a connection on which nothing happens; never by default.",
+)
+@click.option(
+    "--reply-timeout",
+    type=parameters.seconds,
+    envvar="GMPRPC_REPLY_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="Answer a request that takes longer with an error; never by default.",
+)
+@click.option(
+    "--socket-mode",
+    type=parameters.file_mode,
+    envvar="GMPRPC_SOCKET_MODE",
+    show_envvar=True,
+    metavar="OCTAL",
+    help="Permissions of the files of unix sockets: who may write may connect.",
+)
+@click.option(
+    "--socket-user",
+    envvar="GMPRPC_SOCKET_USER",
+    show_envvar=True,
+    metavar="NAME",
+    help="Owner of the files of unix sockets.",
+)
+@click.option(
+    "--socket-group",
+    envvar="GMPRPC_SOCKET_GROUP",
+    show_envvar=True,
+    metavar="NAME",
+    help="Group of the files of unix sockets.",
 )
 @click.option(
     "--graceful-timeout",
@@ -121,9 +176,15 @@ def serve(
     no_patch: bool,
     max_message_size: int,
     max_concurrency: int,
+    max_connections: int,
+    max_unsent_size: int,
     read_timeout: float,
     write_timeout: float,
     idle_timeout: float | None,
+    reply_timeout: float | None,
+    socket_mode: int | None,
+    socket_user: str | None,
+    socket_group: str | None,
     graceful_timeout: float,
     hide_errors: bool,
 ) -> None:
@@ -141,12 +202,21 @@ def serve(
     service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
     # After the application, which may have an idea of its own; then this does nothing.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    socket_file: dict[str, Any] = {
+        "socket_mode": socket_mode,
+        "socket_user": socket_user,
+        "socket_group": socket_group,
+    }
     servers = [
         Server(
             bind,
             service,
+            **(socket_file if isinstance(bind, str) and bind.startswith(UNIX_PREFIX) else {}),
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
+            max_connections=max_connections,
+            max_unsent_size=max_unsent_size,
+            reply_timeout=reply_timeout,
             read_timeout=read_timeout,
             write_timeout=write_timeout,
             idle_timeout=idle_timeout,
@@ -168,9 +238,11 @@ def _start(servers: Sequence[Server]) -> None:
         place = format_address(server.address)
         try:
             server.start()
-        except OSError as exc:
+        except (OSError, LookupError) as exc:
             for started in servers:
                 started.close()
+            if isinstance(exc, LookupError):
+                raise Unreachable(f"can't listen on {place}: {exc.args[0]}.") from exc
             raise Unreachable(f"can't listen on {place}: {exc.strerror or exc}; --bind names another place.") from exc
 
 
