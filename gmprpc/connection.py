@@ -36,6 +36,7 @@ from .exceptions import ConnectionClosed, ProtocolError
 from .metrics import Counters
 from .options import ConnectionOptions
 from .protocol import (
+    INVALID,
     NOTIFICATION,
     REQUEST,
     RESPONSE,
@@ -431,7 +432,7 @@ class Connection:
                         self._counters.late_answers += 1
                     else:
                         waiter(message)
-                else:
+                elif kind == INVALID:
                     self._reject(message)
                 # Time and number: one connection must not keep the hub. What else has to end the batch, as the close of
                 # the connection has, sets its end to 0. (A batch's 4 ms are 35 ns a message to measure.)

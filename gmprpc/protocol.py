@@ -13,7 +13,7 @@ bytes are there, and a value that can't be decoded spoils its own message and no
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -27,12 +27,14 @@ RESPONSE: Final = 1
 NOTIFICATION: Final = 2
 #: Not on the wire: how a :class:`Decoder` hands over a message that is well framed but can't be carried out.
 INVALID: Final = -1
+#: Not on the wire: no message, but an opportunity for others while a long one is looked through.
+PAUSE: Final = -2
 
 MAX_MSGID: Final = 2**32 - 1
 
 #: A decoded message, always of four: ``[REQUEST, msgid, method, params]``, ``[RESPONSE, msgid, error, result]``,
 #: ``(NOTIFICATION, None, method, params)`` or ``(INVALID, msgid, kind, reason)``, in which ``kind`` is that of the
-#: message and ``reason`` the text to answer or raise.
+#: message and ``reason`` the text to answer or raise. ``(PAUSE, None, None, None)`` is none and may be ignored.
 Message = Sequence[Any]
 
 Buffer = bytes | bytearray | memoryview
@@ -153,7 +155,7 @@ class Decoder:
         self._framer = self._unpacker = None
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield every message that ``data`` completes, each as it is asked for.
+        """Yield each message that ``data`` completes when it is asked for, and PAUSE after each millisecond without one.
 
         Exhaust the iterator before you feed again.
 
@@ -164,7 +166,7 @@ class Decoder:
         """
         if self._unfinished:
             self._unfinished += data
-            if (end := self._walk.on(self._unfinished)) is None:
+            if (end := (yield from self._walk.through(self._unfinished))) is None:
                 return
             unfinished, self._unfinished = memoryview(self._unfinished), bytearray()
             data = bytes(unfinished[end:])
@@ -210,7 +212,7 @@ class Decoder:
                     return
                 data = data[end:]
             # What is left is a message that is unfinished, too large, invalid, or too deep for the framer.
-            if (end := self._walk.on(data) or 0) == 0:
+            if (end := (yield from self._walk.through(data))) is None:
                 self._unfinished += data
                 return
             yield self._decoded(data[:end])
@@ -243,7 +245,7 @@ class Decoder:
         walk = _Walk(self._max_size)
         start = 0
         while start < len(data):
-            end = start + (walk.on(memoryview(data)[start:]) or 0)
+            end = start + ((yield from walk.through(memoryview(data)[start:])) or 0)
             if skipped:
                 skipped -= 1
             else:
@@ -376,22 +378,39 @@ class _Walk:
 
     __slots__ = ("_left", "_max_size", "_position")
 
+    # So many bytes at a time: if each of them is a value of its own that takes one millisecond.
+    _STRETCH = 8 * 1024
+
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._position = 0  # Where the next value begins; it may lie beyond the bytes that are there.
         self._left = 1  # Values still to come: the message itself at first, then what its containers announce.
 
-    def on(self, data: Buffer) -> int | None:
+    def through(self, data: Buffer) -> Generator[Message, None, int | None]:
         """The size of the message at the beginning of ``data``, or None when its end isn't there yet.
 
-        Until there is an end, the next call goes on with the same bytes and more behind them.
+        Until there is an end, the next call goes on with the same bytes and more behind them. Yields PAUSE after each
+        stretch that hasn't brought one.
 
         Raises:
             MessageTooLarge: as soon as what is there and what the headers announce make it certain.
             ProtocolError: the bytes are not MessagePack.
         """
-        position, left, available = self._position, self._left, len(data)
-        while left and position < available:
+        available = len(data)
+        while True:
+            stop = min(available, self._position + self._STRETCH)
+            if self._advance(data, stop, available):
+                size = self._position
+                self._position, self._left = 0, 1
+                return size
+            if self._position < stop or stop == available:
+                return None
+            yield _PAUSE
+
+    def _advance(self, data: Buffer, stop: int, available: int) -> bool:
+        """Look through the values that begin before ``stop``; says whether the end of the message is there."""
+        position, left = self._position, self._left
+        while left and position < stop:
             lead = data[position]
             if size := _SIZES[lead]:
                 position += size
@@ -412,11 +431,11 @@ class _Walk:
             # Each value that is still to come has at least one byte.
             if position + left > self._max_size:
                 raise MessageTooLarge(position + left, self._max_size)
-        if left or position > available:
-            self._position, self._left = position, left
-            return None
-        self._position, self._left = 0, 1
-        return position
+        self._position, self._left = position, left
+        return not left and position <= available
+
+
+_PAUSE: Final[Message] = (PAUSE, None, None, None)
 
 
 def _described(message: Any) -> str:

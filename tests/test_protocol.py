@@ -26,6 +26,7 @@ from gmprpc.protocol import (
     INVALID,
     MAX_MSGID,
     NOTIFICATION,
+    PAUSE,
     REQUEST,
     RESPONSE,
     Decoder,
@@ -49,6 +50,11 @@ pack = msgpack.packb
 Outcome = tuple[list[Message], ProtocolError | None]
 
 
+def fed(decoder: Decoder, data: bytes) -> Iterator[Message]:
+    """The messages that ``data`` completes, without the opportunities for others in between."""
+    return (message for message in decoder.feed(data) if message[0] != PAUSE)
+
+
 def decode(
     *pieces: bytes, max_message_size: int = MAX_SIZE, options: Mapping[str, Any] | None = None, rest: bool = False
 ) -> Outcome:
@@ -57,7 +63,7 @@ def decode(
     messages: list[Message] = []
     try:
         for piece in pieces:
-            messages += decoder.feed(piece)
+            messages += fed(decoder, piece)
     except ProtocolError as exc:
         return messages, exc
     assert decoder.is_amid_message is rest
@@ -264,7 +270,7 @@ def test_garbage_is_messages_or_a_protocol_error_the_same_in_every_split(data: b
         messages: list[Message] = []
         try:
             for piece in pieces:
-                messages += decoder.feed(piece)
+                messages += fed(decoder, piece)
         except ProtocolError as exc:
             return shown((messages, exc))
         return shown((messages, None)) + str(decoder.is_amid_message)
@@ -633,7 +639,7 @@ def test_what_is_announced_takes_no_memory_before_it_comes(data: bytes, step: in
 
     def feed() -> None:
         for i in range(0, len(data), step):
-            assert list(decoder.feed(data[i : i + step])) == []
+            assert list(fed(decoder, data[i : i + step])) == []
 
     assert peak_of(feed) < 64 * 1024 + 2 * len(data)
     assert decoder.is_amid_message
@@ -642,7 +648,7 @@ def test_what_is_announced_takes_no_memory_before_it_comes(data: bytes, step: in
 @pytest.mark.parametrize("data", [b"\xdc\x01\x00" * 85, b"\xdc\x00\xf0" * 85, b"\x9f" * 256, b"\xde\x00\x7f" * 85])
 def test_what_is_decoded_on_a_guess_takes_little(data: bytes) -> None:
     decoder = Decoder(2**24)
-    assert peak_of(lambda: list(decoder.feed(data))) < 256 * 1024
+    assert peak_of(lambda: list(fed(decoder, data))) < 256 * 1024
     assert decoder.is_amid_message
 
 
@@ -652,7 +658,7 @@ def test_a_message_that_never_ends_holds_no_more_than_the_limit() -> None:
     def dribble() -> None:
         with pytest.raises(MessageTooLarge):
             for _ in range(200):
-                assert list(decoder.feed(b"\x91" * 1000)) == []
+                assert list(fed(decoder, b"\x91" * 1000)) == []
 
     # A bytearray that grows may have half as much again in reserve.
     assert peak_of(dribble) < 3 * 100_000
@@ -668,12 +674,12 @@ def test_nothing_large_is_kept_by_a_decoder_that_is_told_to_release() -> None:
     decoder = Decoder(MAX_SIZE)
     tracemalloc.start()
     try:
-        assert len(list(decoder.feed(large * 2))) == 2
-        assert len(list(decoder.feed(large[:100]))) == 0
-        assert len(list(decoder.feed(large[100:]))) == 1
+        assert len(list(fed(decoder, large * 2))) == 2
+        assert len(list(fed(decoder, large[:100]))) == 0
+        assert len(list(fed(decoder, large[100:]))) == 1
         decoder.release()
         assert held() < 10_000
-        assert len(list(decoder.feed(large))) == 1  # And it goes on.
+        assert len(list(fed(decoder, large))) == 1  # And it goes on.
         decoder.release()
         assert held() < 10_000
     finally:
@@ -707,15 +713,49 @@ def test_releasing_amid_a_message_or_a_batch_loses_nothing() -> None:
     assert seen == list(range(100))
 
 
+@pytest.mark.parametrize("value", [b"\x01", b"\x90", b"\x91", b"\xa1x", b"\xcd\x01\x02", b"\xdb\x00\x00\x00\x00"])
+@pytest.mark.parametrize("piece_size", [2**20, 100_000, 8 * 1024, 100])
+def test_others_get_their_turn_while_a_long_message_is_looked_through(value: bytes, piece_size: int) -> None:
+    count = 200_000 // len(value)
+    data = b"\x94\x00\x05\xa1m\xdd" + (count + 5).to_bytes(4, "big") + value * count
+    decoder = Decoder(MAX_SIZE)
+    looked_at = stretches = 0
+    for start in range(0, len(data), piece_size):
+        piece = data[start : start + piece_size]
+        pauses = list(decoder.feed(piece))
+        assert set(pauses) <= {(PAUSE, None, None, None)}
+        # No more than 8 KiB, and a value that reaches beyond, between two pauses.
+        assert len(pauses) >= len(piece) // (8 * 1024 + len(value)) - 1
+        looked_at += len(piece)
+        stretches += len(pauses)
+    assert looked_at == len(data)
+    assert stretches <= len(data) // (8 * 1024)
+    assert decoder.is_amid_message
+
+
+@pytest.mark.parametrize("last, expected", [(b"\x01", REQUEST), (b"\xa1\xff", INVALID)], ids=["sound", "undecodable"])
+@pytest.mark.parametrize("size", [1, 50_000, MAX_SIZE])
+def test_a_message_that_was_looked_through_in_stretches_is_whole(last: bytes, expected: int, size: int) -> None:
+    # Once it is short enough to be unpacked first, and looked through only if that fails, once it isn't.
+    params = [[i, "x", [], {}, 1.5, None, b"yy"] for i in range(5000)]
+    data = b"\x94\x00\x05\xa1m\x92" + pack(params) + last
+    decoder = Decoder(len(data))
+    messages = [message for piece in (data[:size], data[size:]) for message in fed(decoder, piece)]
+    messages += fed(decoder, data + b"\x94\x00\x06\xa1m\x90")
+    assert [message[:2] for message in map(list, messages)] == [[expected, 5], [expected, 5], [REQUEST, 6]]
+    if expected == REQUEST:
+        assert messages[0][3] == messages[1][3] == [params, 1]
+
+
 def test_a_message_comes_out_as_soon_as_it_is_complete() -> None:
     decoder = Decoder(MAX_SIZE)
     data = Encoder().request(1, "m", ["x"])
     for byte in data[:-1]:
-        assert list(decoder.feed(bytes([byte]))) == []
+        assert list(fed(decoder, bytes([byte]))) == []
         assert decoder.is_amid_message
-    assert list(decoder.feed(data[-1:])) == [[0, 1, "m", ["x"]]]
+    assert list(fed(decoder, data[-1:])) == [[0, 1, "m", ["x"]]]
     assert not decoder.is_amid_message
-    assert list(decoder.feed(b"")) == []
+    assert list(fed(decoder, b"")) == []
 
 
 # msgpack's options.
@@ -1025,7 +1065,7 @@ def outcomes_of_samples() -> Iterator[str]:
             seen: list[Message] = []
             try:
                 for i in range(0, len(sample), step):
-                    seen += decoder.feed(sample[i : i + step])
+                    seen += fed(decoder, sample[i : i + step])
             except ProtocolError as exc:
                 yield shown((seen, exc))
             else:
