@@ -147,6 +147,7 @@ def no_such_method(method: str) -> str:
 
 def remote_error(error: Any, method: str) -> RemoteError:
     """The exception for an error answer to a call of ``method``."""
-    if error == no_such_method(method):
+    text = no_such_method(method)
+    if error == text or error == text.encode(errors="surrogatepass"):  # Bytes where strings are taken raw.
         return MethodNotFound(error, method)
     return RemoteError(error, method)

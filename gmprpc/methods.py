@@ -156,18 +156,23 @@ def _was_entered(function: Handler, raised: BaseException | None) -> bool:
     return False
 
 
+class _Default:
+    """Stands for a default, which may be a secret, or an object that says nothing to a caller in another language."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
 def _shown(signature: inspect.Signature) -> str:
-    """``signature`` without its annotations, which say nothing to a caller in another language."""
-    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
-    bare = signature.replace(parameters=parameters, return_annotation=signature.empty)
-    try:
-        return str(bare)
-    except Exception:  # A default that can't be shown.
-        return str(bare.replace(parameters=[_without_default(parameter) for parameter in parameters]))
-
-
-def _without_default(parameter: inspect.Parameter) -> inspect.Parameter:
-    return parameter if parameter.default is parameter.empty else parameter.replace(default=...)
+    """The names of the params in ``signature``, without annotations, and which of them may be left out."""
+    parameters = [
+        parameter.replace(
+            annotation=parameter.empty,
+            default=parameter.default if parameter.default is parameter.empty else _Default(),
+        )
+        for parameter in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
 def _is_public(name: str, value: Any) -> bool:

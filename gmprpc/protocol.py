@@ -155,7 +155,7 @@ class Decoder:
         self._framer = self._unpacker = None
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield each message that ``data`` completes when it is asked for, and PAUSE after each millisecond without one.
+        """Yield each message that ``data`` completes when it is asked for, and PAUSE for each millisecond without one.
 
         Exhaust the iterator before you feed again.
 

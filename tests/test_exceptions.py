@@ -122,6 +122,7 @@ def test_a_remote_error_has_the_object_as_it_was_sent(error: Any, text: str) -> 
 def test_only_the_exact_text_for_that_method_is_method_not_found() -> None:
     assert no_such_method("m") == 'No such method "m" found'
     assert type(remote_error('No such method "m" found', "m")) is MethodNotFound
+    assert type(remote_error(b'No such method "m" found', "m")) is MethodNotFound  # With unpacker_options raw.
     for error in ('No such method "other" found', 'No such method "m" found.', "m", ['No such method "m" found']):
         assert type(remote_error(error, "m")) is RemoteError
 

@@ -373,7 +373,7 @@ def test_a_table_that_is_dropped_is_forgotten() -> None:
     methods.add(double)
     methods.remove("add")
     assert wrapped_functions == [add]
-    assert not [obj for obj in gc.get_objects() if type(obj) is MethodTable and getattr(obj, "_wrap", None) is wrap]
+    assert not [obj for obj in gc.get_objects() if type(obj) is MethodTable and wrap in getattr(obj, "_wrappers", ())]
 
 
 # What a callable takes.
@@ -420,13 +420,13 @@ def decorated(*args: Any) -> Any:
     [
         (add, [1, 2], [1], [1, 2, 3], "(a, b)"),
         (double, [1], [], [1, 2], "(a)"),
-        (with_default, [1], [], [1, 2, 3], "(a, b=5)"),
-        (with_default, [1, 2], [], None, "(a, b=5)"),
+        (with_default, [1], [], [1, 2, 3], "(a, b=...)"),
+        (with_default, [1, 2], [], None, "(a, b=...)"),
         (with_varargs, [1, 2, 3, 4], [], None, "(a, *rest)"),
         (with_anything, [], None, None, ""),
-        (with_optional_keyword, [1], [], [1, 2], "(a, *, key=None)"),
+        (with_optional_keyword, [1], [], [1, 2], "(a, *, key=...)"),
         (positional_only, [1], [], [1, 2], "(a, /)"),
-        (annotated, [1], [], [1, 2, 3], "(a, b=None)"),
+        (annotated, [1], [], [1, 2, 3], "(a, b=...)"),
         (lambda: None, [], None, [1], "()"),
         (Callables().method, [1], [], [1, 2], "(a)"),
         (Callables().of_class, [1], [], [1, 2], "(a)"),
@@ -434,10 +434,10 @@ def decorated(*args: Any) -> Any:
         (Callables(), [1], [], [1, 2], "(a)"),
         (Constructed, [1], [], [1, 2], "(a)"),
         (functools.partial(add, 1), [2], [], [2, 3], "(b)"),
-        (functools.partial(with_default, b=1), [2], [], [2, 3], "(a, *, b=1)"),
+        (functools.partial(with_default, b=1), [2], [], [2, 3], "(a, *, b=...)"),
         (decorated, [1, 2], [1], [1, 2, 3], "(a, b)"),
         (len, [1], [], [1, 2], "(obj, /)"),
-        (pow, [1, 2], [1], [1, 2, 3, 4], "(base, exp, mod=None)"),
+        (pow, [1, 2], [1], [1, 2, 3, 4], "(base, exp, mod=...)"),
     ],
 )
 def test_a_wrong_number_of_params_is_told_with_the_signature(
@@ -480,21 +480,12 @@ def test_a_callable_that_does_not_tell_has_no_mismatch(function: Any) -> None:
     assert params_mismatch("f", function, [1, 2, 3, 4, 5]) is None
 
 
-class Unspeakable:
-    """A default that can't be shown."""
-
-    def __repr__(self) -> str:
-        raise RuntimeError("no")
+def with_secret_default(a: Any, token: str = "s3cret") -> None: ...
 
 
-def with_unspeakable_default(a: Any, b: Any = Unspeakable()) -> None:  # noqa: B008
-    ...
-
-
-def test_a_default_that_can_not_be_shown_does_no_harm() -> None:
-    text = params_mismatch("f", with_unspeakable_default, [])
-    assert text is not None
-    assert text.startswith("wrong params for f(a, b=")
+def test_a_default_is_nobodys_business() -> None:
+    text = params_mismatch("f", with_secret_default, [])
+    assert text == "wrong params for f(a, token=...): missing a required argument: 'a'"
 
 
 def with_context(function: Callable[..., Any]) -> Callable[..., Any]:
