@@ -11,11 +11,11 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import gevent
 from gevent import Greenlet
 from gevent.pool import Group
 from gevent.server import StreamServer
 
+from .log import log_soon
 from .metrics import Counters
 from .transport import format_address
 
@@ -147,5 +147,4 @@ class _Notice:
     def log(self, message: str, *args: Any) -> None:
         if (now := perf_counter()) - self._logged_at >= self._interval:
             self._logged_at = now
-            # Not from here, the hub: a log's lock may be held by a greenlet, and the hub can't wait.
-            gevent.spawn(logger.warning, message, *args)
+            log_soon(logger, logging.WARNING, message, *args)

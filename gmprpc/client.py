@@ -14,6 +14,7 @@ from gevent.event import AsyncResult
 
 from .connection import Connection
 from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed, text_of
+from .log import log
 from .metrics import Counters
 from .options import (
     CLIENT_MAX_MESSAGE_SIZE,
@@ -333,8 +334,8 @@ class Client:
         if self._on_error is not None:
             try:
                 self._on_error(self, exc)
-            except Exception:
-                logger.exception("the hook %r failed", self._on_error)
+            except Exception as failure:
+                log(logger, logging.ERROR, "the hook %r failed", self._on_error, exc_info=failure)
 
     def _fail_queue(self, exc: Exception) -> None:
         queue, self._queue = self._queue, []

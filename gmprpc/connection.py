@@ -33,6 +33,7 @@ from greenlet import getcurrent
 from .calls import Calls
 from .deadline import Deadline
 from .exceptions import ConnectionClosed, ProtocolError
+from .log import log, log_soon
 from .metrics import Counters
 from .options import ConnectionOptions
 from .protocol import (
@@ -366,7 +367,7 @@ class Connection:
         if error is not None:
             self._counters.failed_connections += 1
             level = logging.WARNING if isinstance(error, ProtocolError) else logging.INFO
-            logger.log(level, "connection with %s: %s: %s", format_address(self.peer), type(error).__name__, error)
+            log(logger, level, "connection with %s: %s: %s", format_address(self.peer), type(error).__name__, error)
         if self._is_aborted or isinstance(error, ConnectionClosed):
             self._stream.close()
         else:
@@ -472,8 +473,7 @@ class Connection:
                 return
         self._counters.invalid_messages += 1
         if kind == NOTIFICATION:
-            # Not from here: a log's lock may be held by a greenlet, and the hub can't wait.
-            gevent.spawn(logger.warning, "invalid notification from %s: %s", format_address(self.peer), reason)
+            log_soon(logger, logging.WARNING, "invalid notification from %s: %s", format_address(self.peer), reason)
         elif kind != RESPONSE:
             self._out.append(self._requests.error_response(msgid, reason))
 

@@ -15,6 +15,7 @@ from gevent.event import AsyncResult
 from greenlet import getcurrent
 
 from .exceptions import CallCancelled
+from .log import log_soon
 from .methods import Handler
 from .reply import Reply, failure_of
 from .requests import DEFERRED, AnsweredAlready, RequestGreenlet
@@ -97,8 +98,7 @@ class _Expiry:
             self._log()
 
     def _log(self) -> None:
-        # Not from here, the hub: a log's lock may be held by a greenlet, and the hub can't wait.
-        gevent.spawn(logger.warning, "%s: %s", self._what, self._text)
+        log_soon(logger, logging.WARNING, "%s: %s", self._what, self._text)
 
 
 def _relayed(result: AsyncResult[Any] | gevent.Greenlet[..., Any]) -> Reply:

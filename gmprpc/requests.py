@@ -22,6 +22,7 @@ from gevent.event import AsyncResult
 
 from .calls import switch
 from .exceptions import CallCancelled, ErrorResponse, text_of
+from .log import log
 from .methods import UnknownMethod, params_mismatch
 from .metrics import Counters
 from .options import ConnectionOptions
@@ -201,9 +202,11 @@ class Requests:
             self.out.append(self.error_response(msgid, error))
         if is_fault:
             what = "notification" if msgid is None else f"request {msgid}"
-            logger.error("%s of %s from %s failed%s", what, method, format_address(self.owner.peer), mark, exc_info=exc)
+            peer = format_address(self.owner.peer)
+            log(logger, logging.ERROR, "%s of %s from %s failed%s", what, method, peer, mark, exc_info=exc)
         elif msgid is None:
-            logger.warning("notification of %s from %s failed: %s", method, format_address(self.owner.peer), error)
+            peer = format_address(self.owner.peer)
+            log(logger, logging.WARNING, "notification of %s from %s failed: %s", method, peer, error)
 
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
         """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""

@@ -19,6 +19,7 @@ from .acceptor import Acceptor, ConnectionGreenlets
 from .connection import Connection, current_call
 from .exceptions import RPCError
 from .expiry import expiring
+from .log import log
 from .methods import Handler, Wrapper
 from .metrics import Counters
 from .options import (
@@ -312,7 +313,7 @@ class Server(Registry):
         connections = [self._connections[greenlet] for greenlet in late if greenlet in self._connections]
         if cut := sum(connection.in_flight for connection in connections):
             # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
-            logger.warning("%d requests were cut after %g s", cut, timeout)
+            log(logger, logging.WARNING, "%d requests were cut after %g s", cut, timeout)
         for connection in connections:
             connection.abort()
         gevent.joinall(late, _ABORT_TIMEOUT)
@@ -355,7 +356,7 @@ class Server(Registry):
                 stream = self._shake_hands(plain, self._ssl_context)
             except RPCError as exc:
                 plain.close()
-                logger.warning("connection with %s: %s", format_address(peer), exc)
+                log(logger, logging.WARNING, "connection with %s: %s", format_address(peer), exc)
                 return
             except BaseException:  # Killed by `stop`.
                 plain.close()
@@ -390,8 +391,8 @@ class Server(Registry):
         """What ``hook`` returns; what it raises is logged, and it is as if it had returned ``failed``."""
         try:
             return hook(*args)
-        except Exception:
-            logger.exception("the hook %r failed", hook)
+        except Exception as exc:
+            log(logger, logging.ERROR, "the hook %r failed", hook, exc_info=exc)
             return failed
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
 from .connection import Connection, current_call, current_reply
+from .log import log
 from .methods import Handler, Methods, MethodTable, Wrapper
 from .metrics import Counters
 from .options import ConnectionOptions
@@ -132,10 +133,10 @@ def _deferred(callback: Handler) -> Handler:
         reply = current_reply()
         try:
             callback(reply, *params)
-        except BaseException:
+        except BaseException as exc:
             if reply is None or not reply.answered():
                 raise
-            logger.exception("%s raised after it had answered", current_call().method)
+            log(logger, logging.ERROR, "%s raised after it had answered", current_call().method, exc_info=exc)
         if reply is None:
             return None
         # Answered on the spot: then there is nothing to wait for.

@@ -33,6 +33,7 @@ FLOORS: dict[str, int] = {
     "metrics": 1,
     "sweeper": 1,
     "deadline": 1,
+    "log": 1,
     "exceptions": 0,
 }
 
