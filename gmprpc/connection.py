@@ -33,7 +33,7 @@ from greenlet import getcurrent
 from .calls import Calls
 from .deadline import Deadline
 from .exceptions import ConnectionClosed, ProtocolError
-from .log import log, log_soon
+from .log import log, log_soon, shown
 from .metrics import Counters
 from .options import ConnectionOptions
 from .protocol import (
@@ -473,7 +473,8 @@ class Connection:
                 return
         self._counters.invalid_messages += 1
         if kind == NOTIFICATION:
-            log_soon(logger, logging.WARNING, "invalid notification from %s: %s", format_address(self.peer), reason)
+            peer = format_address(self.peer)
+            log_soon(logger, logging.WARNING, "invalid notification from %s: %s", peer, shown(reason))
         elif kind != RESPONSE:
             self._out.append(self._requests.error_response(msgid, reason))
 

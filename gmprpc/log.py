@@ -9,6 +9,15 @@ from typing import Any
 
 import gevent
 
+# Longer text of a peer's is cut: a name of 1 MiB, sent again and again, must not fill a disk. Picked arbitrarily.
+_SHOWN_SIZE = 200
+
+
+def shown(text: str) -> str:
+    """``text`` that a peer has sent, as a part of one line: not too long, and without control characters."""
+    cut = text if len(text) <= _SHOWN_SIZE else f"{text[:_SHOWN_SIZE]}..."
+    return cut if cut.isprintable() else cut.encode("unicode_escape").decode()
+
 
 def log(logger: Logger, level: int, message: str, *args: Any, exc_info: BaseException | None = None) -> None:
     """Like ``logger.log``, but what goes wrong in it is shown where gevent shows what it can't raise."""

@@ -22,7 +22,7 @@ from gevent.event import AsyncResult
 
 from .calls import switch
 from .exceptions import CallCancelled, ErrorResponse, text_of
-from .log import log
+from .log import log, shown
 from .methods import UnknownMethod, params_mismatch
 from .metrics import Counters
 from .options import ConnectionOptions
@@ -203,10 +203,11 @@ class Requests:
         if is_fault:
             what = "notification" if msgid is None else f"request {msgid}"
             peer = format_address(self.owner.peer)
-            log(logger, logging.ERROR, "%s of %s from %s failed%s", what, method, peer, mark, exc_info=exc)
+            log(logger, logging.ERROR, "%s of %s from %s failed%s", what, shown(method), peer, mark, exc_info=exc)
         elif msgid is None:
             peer = format_address(self.owner.peer)
-            log(logger, logging.WARNING, "notification of %s from %s failed: %s", method, peer, error)
+            reason = shown(str(error))
+            log(logger, logging.WARNING, "notification of %s from %s failed: %s", shown(method), peer, reason)
 
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
         """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""

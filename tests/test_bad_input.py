@@ -165,6 +165,17 @@ def test_two_requests_with_one_msgid_are_both_answered(peer: Peer) -> None:
     assert [peer.receive(), peer.receive()] == [[1, 5, None, "a"], [1, 5, None, "b"]]
 
 
+def test_a_peer_can_not_write_the_log(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+    forged = "x\n2026-01-01 CRITICAL all is lost\x1b[2J"
+    peer.send([2, forged, []], [2, "y" * 500_000, []])
+    peer.send_bytes(b"\x93\x02\xa3\xff\n\n\x90")
+    assert_still_answers(peer)
+    assert len(caplog.records) == 3
+    for record in caplog.records:
+        assert record.getMessage().isprintable()
+        assert len(record.getMessage()) < 600
+
+
 # Values that can't be decoded.
 
 DEEP = b"\x91" * 2000 + b"\x01"

@@ -10,9 +10,17 @@ from typing import Any
 import gevent
 import pytest
 
-from gmprpc.log import log, log_soon
+from gmprpc.log import log, log_soon, shown
 
 logger = logging.getLogger("gmprpc.test_log")
+
+
+def test_what_a_peer_has_sent_takes_a_part_of_one_line() -> None:
+    assert shown("méthode") == "méthode"
+    assert shown("a\nWARNING forged\x1b[2J\u2028\ud800") == r"a\nWARNING forged\x1b[2J\u2028\ud800"
+    assert shown("x" * 200) == "x" * 200
+    assert shown("x" * 201) == "x" * 200 + "..."
+    assert len(shown("\n" * 2**20)) < 1000
 
 
 class Broken(logging.Handler):
