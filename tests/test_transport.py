@@ -37,6 +37,8 @@ from gmprpc.transport import (
     send_all,
 )
 
+from .tls_peers import RecordPeer
+
 # Both ends of a stream.
 
 
@@ -406,44 +408,10 @@ def tls_pair(sockets: tuple[Any, Any], contexts: Contexts) -> Iterator[tuple[TLS
     client.close()
 
 
-class RecordPeer:
-    """TLS on a socket that blocks its greenlet, where the test decides what leaves in one piece."""
-
-    def __init__(self, sock: Any, contexts: Contexts, *, server_side: bool) -> None:
-        self.socket = sock
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        hostname = None if server_side else "gmprpc.test"
-        self.tls = contexts.of(server_side).wrap_bio(self.incoming, self.outgoing, server_side, hostname)
-
-    def handshake(self) -> None:
-        """Shake hands, but hold the last piece back."""
-        self.wait_for(self.tls.do_handshake)
-
-    def flush(self, size: int | None = None) -> None:
-        """Let out what is held back, or its first bytes."""
-        self.socket.sendall(self.outgoing.read() if size is None else self.outgoing.read(size))
-
-    def unwrap(self) -> None:
-        """Say that nothing more will come."""
-        with pytest.raises(ssl.SSLWantReadError):
-            self.tls.unwrap()
-
-    def read(self) -> bytes:
-        """What the other side has said."""
-        data: bytes = self.wait_for(lambda: self.tls.read(65536))
-        return data
-
-    def wait_for(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns when all has arrived that it wants to read."""
-        while True:
-            try:
-                return function()
-            except ssl.SSLWantReadError:
-                self.flush()
-                if data := self.socket.recv(65536):
-                    self.incoming.write(data)
-                else:
-                    self.incoming.write_eof()
+def record_peer(sock: Any, contexts: Contexts, *, server_side: bool) -> RecordPeer:
+    """A peer on that side of TLS, before its handshake."""
+    hostname = None if server_side else "gmprpc.test"
+    return RecordPeer(sock, contexts.of(server_side), server_side=server_side, server_hostname=hostname)
 
 
 @pytest.fixture(params=[True, False], ids=["server", "client"])
@@ -452,7 +420,7 @@ def shaken(
 ) -> tuple[TLSStream, RecordPeer]:
     """A TLS stream on that side, and its peer; both have shaken hands."""
     stream = tls_stream(ours, contexts, server_side=request.param)
-    peer = RecordPeer(peers, contexts, server_side=not request.param)
+    peer = record_peer(peers, contexts, server_side=not request.param)
     shaking = gevent.spawn(stream.handshake)
     peer.handshake()
     peer.flush()
@@ -546,7 +514,7 @@ def hasty(ours: PlainStream, peers: Any, contexts: Contexts) -> tuple[Callable[[
     """A stream, once it has shaken hands, and its peer, which holds the last piece of its handshake back."""
     server_side = contexts.server.maximum_version == ssl.TLSVersion.TLSv1_3
     stream = tls_stream(ours, contexts, server_side=server_side)
-    peer = RecordPeer(peers, contexts, server_side=not server_side)
+    peer = record_peer(peers, contexts, server_side=not server_side)
     shaking = gevent.spawn(stream.handshake)
     peer.handshake()
 
@@ -888,7 +856,7 @@ def test_a_handshake_with_who_says_nothing_and_goes_fails(
 
 
 def test_a_handshake_that_is_cut_short_fails(ours: PlainStream, peers: Any, contexts: Contexts) -> None:
-    peer = RecordPeer(peers, contexts, server_side=False)
+    peer = record_peer(peers, contexts, server_side=False)
     with pytest.raises(ssl.SSLWantReadError):
         peer.tls.do_handshake()
     peer.flush(50)
