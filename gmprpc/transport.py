@@ -58,7 +58,8 @@ class Stream(Protocol):
     def recv(self) -> bytes:
         """The bytes that are there, at least one and not too many at once; ``b""`` at the end of the stream.
 
-        Raises BlockingIOError when there are none yet, another OSError when the stream is broken.
+        Raises BlockingIOError when there are none yet, another OSError when the stream is broken, EOFError when it ends
+        as it shouldn't: nothing more will come, but something may still be sent.
         """
 
     def send(self, data: Any, /) -> int:
@@ -149,6 +150,8 @@ class TLSStream:
         # What is encrypted and hasn't left, and how many plain bytes `send` still has to own up to for it.
         self._encrypted = b""
         self._owned_up = 0
+        # What was wrong behind the last bytes that were received in good order.
+        self._failure: Exception | None = None
         self.fileno = stream.fileno
 
     def handshake(self) -> None:
@@ -173,34 +176,46 @@ class TLSStream:
             raise ConnectionClosed(f"TLS handshake failed: {exc}") from exc
 
     def recv(self) -> bytes:
+        if self._failure is not None:
+            raise self._failure
+        is_cut = False
         try:
-            self._fill(self._stream.recv())
+            if data := self._stream.recv():
+                self._incoming.write(data)
+            else:
+                is_cut = True  # OpenSSL isn't told: it would take the stream for broken, and answers may still go.
         except BlockingIOError:
             # The handshake may have left something, of which the watcher of the descriptor knows nothing.
             if not self._incoming.pending:
                 raise
         # All that is there has to come out now: nothing would wake us up for the rest.
         plain = []
+        is_over = False
         try:
-            while data := self._tls.read(_READ_SIZE):
-                plain.append(data)
+            while piece := self._tls.read(_READ_SIZE):
+                plain.append(piece)
+            is_over = True
         except ssl.SSLWantReadError:
-            if not plain:
-                raise BlockingIOError from None
-        except ssl.SSLEOFError:
-            if not plain:
-                raise
-            self._stream.shutdown_read()
-        else:
-            if plain:
+            pass
+        except ssl.SSLError as exc:
+            self._failure = exc
+        if self._outgoing.pending:
+            self._talk()
+        if plain:
+            if is_over or self._failure is not None:
                 self._stream.shutdown_read()  # The end has to be read a second time, on its own.
-        finally:
-            if self._outgoing.pending:  # New keys, say: part of the protocol's own talk.
-                self._encrypted += self._outgoing.read()
-                self._flush()
-        return b"".join(plain)
+            return b"".join(plain)
+        if self._failure is not None:
+            raise self._failure
+        if is_over:
+            return b""
+        if is_cut:
+            raise EOFError("the peer closed the connection without ending TLS")
+        raise BlockingIOError
 
     def send(self, data: Any, /) -> int:
+        if self._failure is not None:
+            raise self._failure  # OpenSSL would raise something that says less.
         if not self._flush():
             raise BlockingIOError
         sent, self._owned_up = self._owned_up, 0
@@ -246,6 +261,12 @@ class TLSStream:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
+
+    def _talk(self) -> None:
+        """Send what TLS itself has to say: an alert, new keys."""
+        self._encrypted += self._outgoing.read()
+        with suppress(OSError):  # The next to read or to write hears of it; what was received is good.
+            self._flush()
 
     def _flush(self) -> bool:
         """Send what is encrypted; False if some of it has to wait."""

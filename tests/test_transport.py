@@ -37,7 +37,7 @@ from gmprpc.transport import (
     send_all,
 )
 
-from .tls_peers import RecordPeer
+from .tls_peers import HANDSHAKE, Forger, RecordPeer, client_hello
 
 # Both ends of a stream.
 
@@ -573,7 +573,7 @@ def test_a_truncation_may_arrive_with_the_handshakes_end(hasty: tuple[Callable[[
     peer.socket.shutdown(socket.SHUT_WR)
     stream = shake()
     assert stream.recv() == b"early"
-    with pytest.raises(ssl.SSLEOFError):
+    with pytest.raises(EOFError):
         receive(stream)
 
 
@@ -707,7 +707,9 @@ def test_after_the_peers_close_notify_there_are_still_answers(shaken: tuple[TLSS
 
 
 @pytest.mark.parametrize("words", [b"", b"last words"], ids=len)
-def test_an_end_without_close_notify_is_an_error(shaken: tuple[TLSStream, RecordPeer], words: bytes) -> None:
+def test_an_end_without_close_notify_is_an_error_but_answers_may_go(
+    shaken: tuple[TLSStream, RecordPeer], words: bytes
+) -> None:
     stream, peer = shaken
     if words:
         peer.tls.write(words)
@@ -717,8 +719,13 @@ def test_an_end_without_close_notify_is_an_error(shaken: tuple[TLSStream, Record
         assert stream.recv() == words
     for _ in range(2):
         wait_read(stream.fileno())
-        with pytest.raises(ssl.SSLEOFError):
+        with pytest.raises(EOFError):
             stream.recv()
+    assert stream.send(b"answer") == 6
+    assert peer.read() == b"answer"
+    stream.finish(b"and more", linger=True)
+    assert peer.read() == b"and more"
+    assert peer.read() == b""
 
 
 def test_a_stream_cut_amid_a_record_is_an_error(shaken: tuple[TLSStream, RecordPeer]) -> None:
@@ -726,7 +733,7 @@ def test_a_stream_cut_amid_a_record_is_an_error(shaken: tuple[TLSStream, RecordP
     peer.tls.write(b"hello")
     peer.flush(peer.outgoing.pending - 1)
     peer.socket.shutdown(socket.SHUT_WR)
-    with pytest.raises(OSError):
+    with pytest.raises(EOFError):
         receive(stream)
 
 
@@ -741,6 +748,20 @@ def test_a_record_that_was_tampered_with_is_an_error_and_the_peer_is_told(
         receive(stream)
     with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
         peer.read()
+
+
+def test_what_came_in_good_order_is_received_before_the_error_behind_it(shaken: tuple[TLSStream, RecordPeer]) -> None:
+    stream, peer = shaken
+    peer.tls.write(b"hello")
+    peer.flush()
+    peer.tls.write(b"tampered with")
+    *record, last = peer.outgoing.read()
+    peer.socket.sendall(bytes([*record, last ^ 1]))
+    assert stream.recv() == b"hello"
+    wait_read(stream.fileno())  # The watcher of the descriptor has to see that there is something: the error.
+    for attempt in (stream.recv, lambda: stream.send(b"answer")):
+        with pytest.raises(ssl.SSLError, match=r"(?i)bad record mac"):
+            attempt()
 
 
 def test_bytes_that_are_no_tls_are_an_error(shaken: tuple[TLSStream, RecordPeer]) -> None:
@@ -825,6 +846,61 @@ def test_what_tls_itself_has_still_to_say_goes_before_the_goodbye(shaken: tuple[
     assert peer.read() == b"stands for an alert"
     assert peer.read() == b""
     finishing.get()
+
+
+# What only one who writes his own TLS would say.
+
+
+@pytest.fixture
+def forger(ours: PlainStream, peers: Any, contexts: Contexts, tmp_path: Path) -> tuple[TLSStream, RecordPeer, Forger]:
+    """A server's stream, its peer, and who speaks for the peer."""
+    contexts.client.keylog_filename = str(tmp_path / "keys")
+    stream = tls_stream(ours, contexts, server_side=True)
+    peer = record_peer(peers, contexts, server_side=False)
+    shaking = gevent.spawn(stream.handshake)
+    peer.handshake()
+    peer.flush()
+    shaking.get()
+    return stream, peer, Forger(peer, tmp_path / "keys")
+
+
+only_old = pytest.mark.parametrize("contexts", [ssl.TLSVersion.TLSv1_2], indirect=True, ids=["TLSv1_2"])
+only_new = pytest.mark.parametrize("contexts", [ssl.TLSVersion.TLSv1_3], indirect=True, ids=["TLSv1_3"])
+
+
+@only_new
+def test_new_keys_are_taken_and_given(forger: tuple[TLSStream, RecordPeer, Forger]) -> None:
+    stream, peer, forged = forger
+    for i in range(3):
+        peer.socket.sendall(forged.key_update(is_requested=True) + forged.record(b"%d" % i))
+        assert receive(stream) == b"%d" % i
+        stream.send(b"answer %d" % i)
+        assert peer.read() == b"answer %d" % i
+
+
+@only_old
+def test_a_peer_is_not_renegotiated_with(forger: tuple[TLSStream, RecordPeer, Forger]) -> None:
+    stream, peer, forged = forger
+    peer.socket.sendall(forged.record(b"before") + forged.record(client_hello(), HANDSHAKE) + forged.record(b"after"))
+    received = b""
+    while received != b"beforeafter":
+        received += receive(stream)
+    with pytest.raises(ssl.SSLError, match="no renegotiation"):
+        peer.read()
+
+
+@only_old
+def test_what_was_received_is_good_where_tls_can_not_say_its_own(
+    monkeypatch: pytest.MonkeyPatch, ours: PlainStream, forger: tuple[TLSStream, RecordPeer, Forger]
+) -> None:
+    stream, peer, forged = forger
+
+    def send(data: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(ours, "send", send)
+    peer.socket.sendall(forged.record(b"hello") + forged.record(client_hello(), HANDSHAKE))
+    assert receive(stream) == b"hello"
 
 
 # A handshake that fails.
