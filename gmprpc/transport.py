@@ -41,6 +41,9 @@ _READ_SIZE = 256 * 1024
 
 # What a TLS record can hold.
 _RECORD_SIZE = 16 * 1024
+# How much of TLS's own talk may wait for the peer beside a record: a request to renegotiate, which costs the peer as
+# little, is answered with 31 bytes. Picked arbitrarily; a peer that reads at all leaves nothing.
+_TALK_SIZE = 64 * 1024
 # How long a stream that is being closed waits for the peer to take the last bytes and to close its side. Some kernels
 # keep a closed socket's data for a minute, nginx lingers for 5 s; picked between haste and leaks.
 _FAREWELL_TIMEOUT = 2.0
@@ -267,6 +270,8 @@ class TLSStream:
         self._encrypted += self._outgoing.read()
         with suppress(OSError):  # The next to read or to write hears of it; what was received is good.
             self._flush()
+        if len(self._encrypted) > _TALK_SIZE:
+            self._failure = ConnectionAbortedError("the peer doesn't read what it makes TLS say")
 
     def _flush(self) -> bool:
         """Send what is encrypted; False if some of it has to wait."""

@@ -890,6 +890,29 @@ def test_a_peer_is_not_renegotiated_with(forger: tuple[TLSStream, RecordPeer, Fo
 
 
 @only_old
+def test_a_peer_that_does_not_read_what_it_makes_tls_say_is_broken_with(
+    forger: tuple[TLSStream, RecordPeer, Forger],
+) -> None:
+    stream, peer, forged = forger
+    fill(stream)
+    hello = client_hello()
+    peer.socket.setblocking(False)
+
+    def ask() -> None:
+        while True:
+            data = memoryview(forged.record(hello, HANDSHAKE))
+            while data:
+                wait_write(peer.socket.fileno())
+                data = data[peer.socket.send(data) :]
+
+    asking = gevent.spawn(ask)
+    with pytest.raises(ConnectionAbortedError, match="what it makes TLS say"):
+        receive(stream)
+    assert len(stream._encrypted) < 200_000
+    asking.kill()
+
+
+@only_old
 def test_what_was_received_is_good_where_tls_can_not_say_its_own(
     monkeypatch: pytest.MonkeyPatch, ours: PlainStream, forger: tuple[TLSStream, RecordPeer, Forger]
 ) -> None:
