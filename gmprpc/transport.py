@@ -41,6 +41,8 @@ _READ_SIZE = 256 * 1024
 
 # What a TLS record can hold.
 _RECORD_SIZE = 16 * 1024
+# What each side's first record can be, by its first byte: an alert, a part of the handshake.
+_FIRST_RECORDS = b"\x15\x16"
 # How much of TLS's own talk may wait for the peer beside a record: a request to renegotiate, which costs the peer as
 # little, is answered with 31 bytes. Picked arbitrarily; a peer that reads at all leaves nothing.
 _TALK_SIZE = 64 * 1024
@@ -163,13 +165,20 @@ class TLSStream:
         Raises:
             ConnectionClosed: it failed; ``__cause__`` is OpenSSL's error.
         """
+        is_first = True
         try:
             while True:
                 try:
                     self._tls.do_handshake()
                 except ssl.SSLWantReadError:
                     send_all(self._stream, self._outgoing.read())
-                    self._fill(_recv_waiting(self._stream))
+                    data = _recv_waiting(self._stream)
+                    if is_first and data and data[0] not in _FIRST_RECORDS:
+                        # OpenSSL takes the MessagePack of some requests for the beginning of an SSL 2 hello of 5 KiB,
+                        # and waits for the rest.
+                        raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer doesn't speak TLS") from None
+                    is_first = False
+                    self._fill(data)
                 else:
                     send_all(self._stream, self._outgoing.read())
                     return

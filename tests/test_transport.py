@@ -930,15 +930,13 @@ def test_what_was_received_is_good_where_tls_can_not_say_its_own(
 
 
 @pytest.mark.parametrize("server_side", [True, False], ids=["server", "client"])
-@pytest.mark.parametrize("words", [b"\x94\x00\x01\xa4echo\x91\x01", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 1000])
-def test_a_handshake_with_plain_bytes_fails_with_openssls_error(
+@pytest.mark.parametrize("words", [b"\x94", b"\x94\x00\x01\xa4echo\x91\x01", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 1000])
+def test_a_handshake_with_plain_bytes_fails_at_the_first_one(
     ours: PlainStream, peers: Any, contexts: Contexts, server_side: bool, words: bytes
 ) -> None:
     stream = tls_stream(ours, contexts, server_side=server_side)
     peers.sendall(words)
-    if len(words) < 11:  # OpenSSL waits for as much before it judges.
-        peers.shutdown(socket.SHUT_WR)
-    with pytest.raises(ConnectionClosed, match="TLS handshake failed: ") as caught:
+    with pytest.raises(ConnectionClosed, match="TLS handshake failed: the peer doesn't speak TLS") as caught:
         stream.handshake()
     assert isinstance(caught.value.__cause__, ssl.SSLError)
     assert not is_closed(ours.fileno())  # Closing is up to the owner.
