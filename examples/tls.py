@@ -1,21 +1,20 @@
-r"""A server and a client that talk TLS: each takes a context of Python's ``ssl`` module.
+r"""A server and a client that talk TLS, and each of which demands a certificate of the other (mutual TLS).
 
-Make a certificate for 127.0.0.1, which the client trusts as it stands, then run ``python examples/tls.py``::
+Make a certificate for 127.0.0.1, which both show and both trust, then run ``python examples/tls.py``::
 
-    openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem \
-        -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1
+    openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -subj /CN=127.0.0.1 \
+        -addext subjectAltName=IP:127.0.0.1 -addext keyUsage=critical,digitalSignature,keyCertSign
 """
 
-import ssl
 import sys
 
 import gmprpc
 
 certificate, key = sys.argv[1:] or ("cert.pem", "key.pem")
 
-server_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-server_context.load_cert_chain(certificate, key)
-server = gmprpc.Server(("127.0.0.1", 0), ssl_context=server_context)
+server = gmprpc.Server(
+    ("127.0.0.1", 0), ssl_context=gmprpc.tls.server_context(certificate, key, client_cafile=certificate)
+)
 
 
 @server.method
@@ -23,6 +22,6 @@ def add(a, b):
     return a + b
 
 
-client_context = ssl.create_default_context(cafile=certificate)
-with server, gmprpc.Client(server.address, ssl_context=client_context) as client:
+context = gmprpc.tls.client_context(certificate, certfile=certificate, keyfile=key)
+with server, gmprpc.Client(server.address, ssl_context=context) as client:
     print(client.call("add", 1, 2))

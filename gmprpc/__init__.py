@@ -3,6 +3,7 @@
 See the README for how to use it, https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md for the protocol.
 """
 
+from . import tls
 from .client import Client, Proxy, mprpc_client
 from .connection import Call, Connection, current_call
 from .exceptions import (
@@ -50,4 +51,5 @@ __all__ = [
     "current_call",
     "mprpc_client",
     "mprpc_server",
+    "tls",
 ]

@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "sweeper": 1,
     "deadline": 1,
     "log": 1,
+    "tls": 1,
     "exceptions": 0,
 }
 

@@ -1,19 +1,191 @@
-"""TLS as a running server does it, with peers that know nothing of gmprpc but its protocol."""
+"""TLS as a running server does it, with peers that know nothing of gmprpc but its protocol; contexts for it."""
 
 from __future__ import annotations
 
+import datetime
+import socket as plain_socket
 import ssl
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
+import msgpack
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from gevent.threadpool import ThreadPool
 
 import gmprpc
 
 from .helpers import Peer, wait_until
+from .programs import Program
+
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+ECHO = msgpack.packb([0, 1, "echo", ["hello"]])
+LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+
+# Certificates.
+
+
+class Certificates:
+    """PEM files, made as they are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._ours = trustme.CA()
+        self._strangers = trustme.CA()
+        #: The authority that everybody trusts.
+        self.authority = directory / "authority.pem"
+        self._ours.cert_pem.write_to_path(self.authority)
+        self.server = self.issue("server", "localhost")
+        self.client = self.issue("client", "client.test")
+
+    def issue(self, name: str, identity: str, *, by_stranger: bool = False, is_expired: bool = False) -> Path:
+        """A certificate for ``identity``, with those above it and its key, in one file."""
+        path = self.directory / f"{name}.pem"
+        dates: Any = {"not_before": LONG_AGO, "not_after": LONG_AGO + datetime.timedelta(days=1)} if is_expired else {}
+        authority = self._strangers if by_stranger else self._ours
+        authority.issue_cert(identity, **dates).private_key_and_cert_chain_pem.write_to_path(path)
+        return path
+
+    def self_signed(self) -> Path:
+        """The certificate of an authority that nobody knows, with its key."""
+        path = self.directory / "self-signed.pem"
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(path)
+        authority.private_key_pem.write_to_path(path, append=True)
+        return path
+
+    def encrypted(self, password: bytes) -> Path:
+        """The key of the server's certificate, encrypted."""
+        path = self.directory / "encrypted.pem"
+        key = serialization.load_pem_private_key(self.server.read_bytes(), None)
+        encryption = serialization.BestAvailableEncryption(password)
+        path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
+        return path
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+# Contexts.
+
+
+@pytest.fixture(params=["server", "client"])
+def context(request: pytest.FixtureRequest, certificates: Certificates) -> ssl.SSLContext:
+    if request.param == "server":
+        return gmprpc.tls.server_context(certificates.server)
+    return gmprpc.tls.client_context(certificates.authority)
+
+
+def test_contexts_are_safe_on_every_version_of_python(
+    context: ssl.SSLContext, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert context.options & ssl.OP_NO_RENEGOTIATION
+    assert context.options & ssl.OP_NO_COMPRESSION
+    assert not context.options & getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    assert context.verify_flags & ssl.VERIFY_X509_STRICT
+    assert context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN
+
+
+def test_the_environment_can_not_have_secrets_written(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
+    assert gmprpc.tls.server_context(certificates.server).keylog_filename is None
+    assert gmprpc.tls.client_context().keylog_filename is None
+
+
+def test_a_system_that_demands_more_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def context_of_a_strict_system(protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        return context
+
+    strict = SimpleNamespace(**{**vars(ssl), "SSLContext": context_of_a_strict_system})
+    monkeypatch.setattr(gmprpc.tls, "ssl", strict)
+    assert gmprpc.tls.client_context().minimum_version == ssl.TLSVersion.TLSv1_3
+
+
+def test_a_client_verifies_the_certificate_and_its_name(certificates: Certificates) -> None:
+    for context in (gmprpc.tls.client_context(), gmprpc.tls.client_context(certificates.authority)):
+        assert context.verify_mode == ssl.CERT_REQUIRED
+        assert context.check_hostname
+        assert not context.hostname_checks_common_name
+    # A private authority is trusted in place of the system's, not beside them.
+    assert len(context.get_ca_certs()) == 1
+
+
+def test_a_server_demands_certificates_only_where_it_is_told_whose(certificates: Certificates) -> None:
+    assert gmprpc.tls.server_context(certificates.server).verify_mode == ssl.CERT_NONE
+    context = gmprpc.tls.server_context(certificates.server, client_cafile=certificates.authority)
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert len(context.get_ca_certs()) == 1
+
+
+@pytest.mark.parametrize("password", ["secret", b"secret", lambda: "secret"], ids=["str", "bytes", "function"])
+def test_a_key_may_be_encrypted(certificates: Certificates, password: Any) -> None:
+    key = certificates.encrypted(b"secret")
+    gmprpc.tls.server_context(certificates.server, key, password=password)
+    gmprpc.tls.client_context(certfile=certificates.server, keyfile=key, password=password)
+
+
+def test_nobody_is_asked_for_a_password(certificates: Certificates) -> None:
+    key = certificates.encrypted(b"secret")
+    with pytest.raises(ValueError, match="the key is encrypted: give its password"):
+        gmprpc.tls.server_context(certificates.server, key)
+    with pytest.raises(ssl.SSLError, match=r"encrypted\.pem"):
+        gmprpc.tls.server_context(certificates.server, key, password="wrong")
+
+
+def test_errors_name_the_file(certificates: Certificates, tmp_path: Path) -> None:
+    strangers = certificates.issue("stranger", "localhost", by_stranger=True)
+    empty = tmp_path / "empty.pem"
+    empty.touch()
+    nothing = tmp_path / "nothing.pem"
+    attempts: dict[Callable[[], ssl.SSLContext], tuple[type[Exception], str]] = {
+        lambda: gmprpc.tls.server_context(nothing): (FileNotFoundError, "nothing.pem"),
+        lambda: gmprpc.tls.server_context(certificates.server, nothing): (FileNotFoundError, "nothing.pem"),
+        lambda: gmprpc.tls.server_context(certificates.authority): (ssl.SSLError, "authority.pem"),  # No key.
+        lambda: gmprpc.tls.server_context(certificates.server, strangers): (ssl.SSLError, "server.pem and .*stranger"),
+        lambda: gmprpc.tls.server_context(certificates.server, client_cafile=empty): (ssl.SSLError, "empty.pem"),
+        lambda: gmprpc.tls.client_context(nothing): (FileNotFoundError, "nothing.pem"),
+        lambda: gmprpc.tls.client_context(tmp_path): (IsADirectoryError, str(tmp_path)),
+        lambda: gmprpc.tls.client_context(certfile=empty): (ssl.SSLError, "empty.pem"),
+        lambda: gmprpc.tls.client_context(keyfile=strangers): (ValueError, "a keyfile needs its certfile"),
+    }
+    for attempt, (error, text) in attempts.items():
+        with pytest.raises(error, match=text):
+            attempt()
+
+
+PROGRAM = """
+from gevent import monkey
+monkey.patch_all()
+import sys, gmprpc
+certificate, authority = sys.argv[1:]
+context = gmprpc.tls.server_context(certificate, client_cafile=authority)
+with gmprpc.Server(("127.0.0.1", 0), ssl_context=context) as server:
+    server.register(lambda: "hello", "greet")
+    context = gmprpc.tls.client_context(authority, certfile=certificate)
+    with gmprpc.Client(server.address, ssl_context=context, server_hostname="localhost") as client:
+        print(client.call("greet", timeout=10))
+"""
+
+
+def test_contexts_work_in_a_program_that_is_monkey_patched(certificates: Certificates) -> None:
+    with Program(sys.executable, "-c", PROGRAM, certificates.server, certificates.authority) as program:
+        assert program.lines() == ["hello"]
+        assert program.wait() == 0
+
+
+# Servers and peers.
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +228,6 @@ def test_a_standard_tls_client_is_served_and_its_goodbye_understood(
     tls_server: gmprpc.Server, client_context: ssl.SSLContext
 ) -> None:
     def talk(port: int) -> bytes:
-        import socket as plain_socket
 
         with (
             plain_socket.create_connection(("127.0.0.1", port)) as sock,
