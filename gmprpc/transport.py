@@ -41,6 +41,8 @@ _READ_SIZE = 256 * 1024
 
 # What a TLS record can hold.
 _RECORD_SIZE = 16 * 1024
+# How much OpenSSL is given at once: its buffer keeps the largest size that it ever had. Room for a whole record.
+_PIECE_SIZE = _RECORD_SIZE + 512
 # What each side's first record can be, by its first byte: an alert, a part of the handshake.
 _FIRST_RECORDS = b"\x15\x16"
 # How much of TLS's own talk may wait for the peer beside a record: a request to renegotiate, which costs the peer as
@@ -113,6 +115,10 @@ class PlainStream:
     def recv(self) -> bytes:
         return bytes(self._buffer[: self._recv_into(self._buffer)])
 
+    def recv_view(self) -> memoryview:
+        """As `recv`, but what it returns is only good until anybody receives the next."""
+        return self._buffer[: self._recv_into(self._buffer)]
+
     def finish(self, data: bytes, *, linger: bool) -> None:
         try:
             with suppress(OSError), _farewell_time():
@@ -155,6 +161,8 @@ class TLSStream:
         # What is encrypted and hasn't left, and how many plain bytes `send` still has to own up to for it.
         self._encrypted = b""
         self._owned_up = 0
+        # What was received with the handshake and OpenSSL hasn't been given yet.
+        self._ahead = b""
         # What was wrong behind the last bytes that were received in good order.
         self._failure: Exception | None = None
         self.fileno = stream.fileno
@@ -172,13 +180,18 @@ class TLSStream:
                     self._tls.do_handshake()
                 except ssl.SSLWantReadError:
                     send_all(self._stream, self._outgoing.read())
-                    data = _recv_waiting(self._stream)
-                    if is_first and data and data[0] not in _FIRST_RECORDS:
-                        # OpenSSL takes the MessagePack of some requests for the beginning of an SSL 2 hello of 5 KiB,
-                        # and waits for the rest.
-                        raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer doesn't speak TLS") from None
-                    is_first = False
-                    self._fill(data)
+                    if not self._ahead:
+                        self._ahead = _recv_waiting(self._stream)
+                        if is_first and self._ahead and self._ahead[0] not in _FIRST_RECORDS:
+                            # OpenSSL takes the MessagePack of some requests for the beginning of an SSL 2 hello of
+                            # 5 KiB, and waits for the rest.
+                            raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer doesn't speak TLS") from None
+                        is_first = False
+                    if self._ahead:
+                        self._incoming.write(self._ahead[:_PIECE_SIZE])
+                        self._ahead = self._ahead[_PIECE_SIZE:]
+                    else:
+                        self._incoming.write_eof()
                 else:
                     send_all(self._stream, self._outgoing.read())
                     return
@@ -190,25 +203,22 @@ class TLSStream:
     def recv(self) -> bytes:
         if self._failure is not None:
             raise self._failure
+        data: bytes | memoryview = b""
         is_cut = False
         try:
-            if data := self._stream.recv():
-                self._incoming.write(data)
-            else:
-                is_cut = True  # OpenSSL isn't told: it would take the stream for broken, and answers may still go.
+            data = self._stream.recv_view()
+            is_cut = not data  # OpenSSL isn't told: it would take the stream for broken, and answers may still go.
         except BlockingIOError:
             # The handshake may have left something, of which the watcher of the descriptor knows nothing.
-            if not self._incoming.pending:
+            if not self._ahead and not self._incoming.pending:
                 raise
+        if self._ahead:
+            data, self._ahead = self._ahead + bytes(data), b""
         # All that is there has to come out now: nothing would wake us up for the rest.
-        plain = []
+        plain: list[bytes] = []
         is_over = False
         try:
-            while piece := self._tls.read(_READ_SIZE):
-                plain.append(piece)
-            is_over = True
-        except ssl.SSLWantReadError:
-            pass
+            is_over = self._decrypt(data, plain)
         except ssl.SSLError as exc:
             self._failure = exc
         if self._outgoing.pending:
@@ -268,11 +278,18 @@ class TLSStream:
     def abandon(self) -> None:
         self._stream.abandon()
 
-    def _fill(self, data: bytes) -> None:
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
+    def _decrypt(self, data: bytes | memoryview, plain: list[bytes]) -> bool:
+        """Append what is in ``data`` to ``plain``; True if it ends with the peer's goodbye."""
+        for start in range(0, len(data) or 1, _PIECE_SIZE):
+            self._incoming.write(data[start : start + _PIECE_SIZE])
+            try:
+                while piece := self._tls.read(_RECORD_SIZE):
+                    plain.append(piece)
+            except ssl.SSLWantReadError:
+                pass
+            else:
+                return True
+        return False
 
     def _talk(self) -> None:
         """Send what TLS itself has to say: an alert, new keys."""

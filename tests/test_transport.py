@@ -542,6 +542,46 @@ def test_data_that_arrives_with_the_handshakes_end_is_there(
     assert stream.recv() == b"later"
 
 
+class Measured:
+    """What OpenSSL reads from, with the largest size that it ever had."""
+
+    def __init__(self, bio: Any) -> None:
+        self._bio = bio
+        self.largest = 0
+
+    @property
+    def pending(self) -> int:
+        return int(self._bio.pending)
+
+    def write(self, data: Any) -> None:
+        self._bio.write(data)
+        self.largest = max(self.largest, self.pending)
+
+
+def test_of_a_lot_that_arrives_with_the_handshakes_end_and_later_openssl_is_given_little_at_once(
+    monkeypatch: pytest.MonkeyPatch, ours: PlainStream, peers: Any, contexts: Contexts
+) -> None:
+    server_side = contexts.server.maximum_version == ssl.TLSVersion.TLSv1_3
+    stream = tls_stream(ours, contexts, server_side=server_side)
+    measured = Measured(stream._incoming)
+    monkeypatch.setattr(stream, "_incoming", measured)
+    peer = record_peer(peers, contexts, server_side=not server_side)
+    shaking = gevent.spawn(stream.handshake)
+    peer.handshake()
+    data = os.urandom(150_000)
+    for _ in range(2):
+        for start in range(0, len(data), 10_000):
+            peer.tls.write(data[start : start + 10_000])
+        sending = gevent.spawn(peer.flush)
+        shaking.get()
+        received = b""
+        while len(received) < len(data):
+            received += receive(stream)
+        assert received == data
+        sending.get()
+    assert 10_000 < measured.largest < 2 * 17_000
+
+
 def test_a_part_of_a_record_may_arrive_with_the_handshakes_end(
     hasty: tuple[Callable[[], TLSStream], RecordPeer],
 ) -> None:
