@@ -6,6 +6,7 @@ import datetime
 import gc
 import logging
 import os
+import re
 import socket as plain_socket
 import ssl
 import struct
@@ -850,6 +851,83 @@ def test_a_reset_anywhere_costs_one_line(server: gmprpc.Server, costs: Costs, cl
         assert line.startswith(("TLS handshake failed: ", "ConnectionClosed: connection lost: "))
 
 
+# Servers that break off.
+
+
+@pytest.fixture
+def listener() -> Iterator[Any]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener
+
+
+def without_a_goodbye(peer: RecordPeer) -> None:
+    peer.socket.shutdown(socket.SHUT_WR)
+
+
+def amid_a_record(peer: RecordPeer) -> None:
+    peer.tls.write(msgpack.packb([1, 0, None, "an answer"]))
+    peer.flush(20)
+    peer.socket.shutdown(socket.SHUT_WR)
+
+
+def with_a_bad_record(peer: RecordPeer) -> None:
+    peer.tls.write(msgpack.packb([1, 0, None, "an answer"]))
+    peer.socket.sendall(tampered(peer.outgoing.read()))
+
+
+def in_good_order(peer: RecordPeer) -> None:
+    peer.unwrap()
+    peer.flush()
+
+
+@pytest.mark.parametrize(
+    "end, cause",
+    [
+        (without_a_goodbye, "without ending TLS"),
+        (amid_a_record, "without ending TLS"),
+        (with_a_bad_record, "(?i)bad record mac"),
+        (in_good_order, ""),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_calls_end_with_a_server_that_ends(
+    listener: Any,
+    server_context: ssl.SSLContext,
+    client_context: ssl.SSLContext,
+    end: Callable[[RecordPeer], None],
+    cause: str,
+) -> None:
+    client = gmprpc.Client(listener.getsockname(), **options_of(client_context))
+    calls = [client.call_async("anything", number) for number in range(3)]
+    accepted, _ = listener.accept()
+    with RecordPeer(accepted, server_context, server_side=True) as peer:
+        peer.handshake()
+        peer.flush()
+        heard = scripted(peer)
+        assert [heard.receive()[3] for _ in range(3)] == [[0], [1], [2]]
+        end(peer)
+        for call in calls:
+            with pytest.raises(gmprpc.ConnectionClosed) as caught:
+                call.get()
+            assert caught.value.sent
+            assert re.search(cause, str(caught.value.__cause__))
+    client.close()
+
+
+def test_a_server_that_goes_amid_the_handshake_is_no_server(listener: Any, client_context: ssl.SSLContext) -> None:
+    client = gmprpc.Client(listener.getsockname(), **options_of(client_context))
+    calling = client.call_async("echo", 1)
+    accepted, _ = listener.accept()
+    with accepted:
+        assert accepted.recv(1)
+        accepted.shutdown(socket.SHUT_WR)
+        with pytest.raises(gmprpc.ConnectFailed, match="TLS handshake failed: ") as caught:
+            calling.get()
+        tls_error_of(caught.value)
+
+
 # TLS where there is none.
 
 
@@ -875,17 +953,14 @@ def test_a_tls_client_at_a_plain_port_is_told_and_costs_one_line(
     assert capfd.readouterr().err == ""
 
 
-def test_a_server_that_speaks_no_tls_is_no_server(client_context: ssl.SSLContext) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        client = gmprpc.Client(listener.getsockname(), **options_of(client_context))
-        calling = client.call_async("echo", 1)
-        accepted, _ = listener.accept()
-        with accepted:
-            accepted.sendall(ECHO)
-            with pytest.raises(gmprpc.ConnectFailed, match="the peer doesn't speak TLS"):
-                calling.get()
+def test_a_server_that_speaks_no_tls_is_no_server(listener: Any, client_context: ssl.SSLContext) -> None:
+    client = gmprpc.Client(listener.getsockname(), **options_of(client_context))
+    calling = client.call_async("echo", 1)
+    accepted, _ = listener.accept()
+    with accepted:
+        accepted.sendall(ECHO)
+        with pytest.raises(gmprpc.ConnectFailed, match="the peer doesn't speak TLS"):
+            calling.get()
 
 
 # Stopping.
