@@ -29,7 +29,8 @@ def server_context(
     key, if that isn't in ``keyfile``. With ``client_cafile``, the certificates of authorities, every client has to show
     a certificate of one of them (mutual TLS).
 
-    A changed file is only noticed by a new context: ``load_cert_chain`` of the one in use is for renewals.
+    The files are read once. A renewed certificate is taken into use by the context's ``load_cert_chain``, for
+    connections from then on.
 
     Raises:
         OSError: a file can't be read; :exc:`ssl.SSLError`, which is one, if it isn't what it should be, or if the key
@@ -58,9 +59,9 @@ def client_context(
 ) -> ssl.SSLContext:
     """A context for ``gmprpc.Client(..., ssl_context=...)``, which insists on a good certificate for the right name.
 
-    The name is the address's host, or the client's ``server_hostname``. The authorities are the system's, or only those
-    in ``cafile``, for a private one. ``certfile``, ``keyfile`` and ``password`` are as in :func:`server_context`, for a
-    server that demands a certificate (mutual TLS).
+    The name is the address's host, or the client's ``server_hostname``, which a unix socket needs. The authorities are
+    the system's, or only those in ``cafile``, for a private one. ``certfile``, ``keyfile`` and ``password`` are as in
+    :func:`server_context`, for a server that demands a certificate (mutual TLS).
 
     Raises:
         OSError: a file can't be read; :exc:`ssl.SSLError`, which is one, if it isn't what it should be, or if the key

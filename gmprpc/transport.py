@@ -154,6 +154,14 @@ class TLSStream:
     def __init__(
         self, stream: PlainStream, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
     ) -> None:
+        """One side of TLS over ``stream``, which stays the caller's until the handshake has succeeded.
+
+        Raises:
+            ValueError: ``context`` wants to check the server's name, and there is none to check.
+        """
+        if not server_side and context.check_hostname and not server_hostname:
+            # Python's sockets refuse this; its objects in memory check no name then.
+            raise ValueError("server_hostname: the name to find in the server's certificate has to be given")
         self._stream = stream
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()

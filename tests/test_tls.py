@@ -408,6 +408,18 @@ def test_mutual_tls_carries_calls_both_ways(
         assert client.call("add", 1, 2) == 3
 
 
+def test_the_certificate_at_a_unix_socket_has_to_be_for_a_name_that_is_given(
+    service: gmprpc.Service, server_context: ssl.SSLContext, client_context: ssl.SSLContext, tmp_path: Path
+) -> None:
+    with gmprpc.Server(f"unix:{tmp_path}/socket", service, ssl_context=server_context) as server:
+        with gmprpc.Client(server.address, **options_of(client_context)) as client:
+            assert client.call("add", 1, 2) == 3
+        with pytest.raises(ValueError, match="server_hostname"):
+            gmprpc.Client(server.address, ssl_context=client_context).call("add", 1, 2)
+        with pytest.raises(gmprpc.ConnectFailed, match="Hostname mismatch"):
+            gmprpc.Client(server.address, ssl_context=client_context, server_hostname="other.test").call("add", 1, 2)
+
+
 def test_a_client_that_says_something_and_goes_is_heard(
     service: gmprpc.Service, server: gmprpc.Server, client_context: ssl.SSLContext
 ) -> None:

@@ -1024,6 +1024,15 @@ def test_who_does_not_trust_the_certificate_says_so_and_the_server_hears_it(
     client.close()
 
 
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_name_that_is_to_be_checked_has_to_be_given(ours: PlainStream, contexts: Contexts, name: str | None) -> None:
+    with pytest.raises(ValueError, match="server_hostname"):
+        TLSStream(ours, contexts.client, server_side=False, server_hostname=name)
+    assert not is_closed(ours.fileno())
+    contexts.client.check_hostname = False
+    TLSStream(ours, contexts.client, server_side=False)
+
+
 def _exception_of(function: Callable[[], Any]) -> BaseException | None:
     try:
         function()

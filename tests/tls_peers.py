@@ -113,7 +113,6 @@ class Forger:
     """
 
     def __init__(self, peer: RecordPeer, keylog: Path) -> None:
-        self._peer = peer
         name, version, bits = peer.tls.cipher() or pytest.fail("the handshake comes first")
         self._is_new = version == "TLSv1.3"
         self._hash = "sha384" if name.endswith("SHA384") else "sha256"
