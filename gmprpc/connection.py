@@ -386,6 +386,12 @@ class Connection:
                 self._phase = _DRAINED
                 self._settle()
             return
+        except EOFError as exc:  # TLS was cut off: nothing more will come, but what has come may be answered.
+            error = ConnectionClosed(f"connection lost: {exc}")
+            error.__cause__ = exc
+            self._fall_silent(error)
+            self._settle()
+            return
         except Exception as exc:
             self._lose(exc)
             return

@@ -23,6 +23,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 from gevent import socket
+from gevent.event import Event
 from gevent.threadpool import ThreadPool
 from greenlet import greenlet
 
@@ -656,6 +657,26 @@ def test_who_goes_without_a_goodbye_costs_one_line(
         peer.close()
         if is_in_flight:
             server.service.methods["release"]()
+        assert "without ending TLS" in costs.line
+
+
+def test_what_came_before_a_truncation_is_answered(
+    service: gmprpc.Service, server: gmprpc.Server, costs: Costs, client_context: ssl.SSLContext
+) -> None:
+    go = Event()
+
+    def wait() -> str:
+        go.wait()
+        return "late"
+
+    service.register(wait, "wait")
+    with shaken(server, client_context) as peer:
+        talking = scripted(peer)
+        talking.send([0, 1, "wait", []], [0, 2, "echo", ["at once"]])
+        peer.socket.shutdown(socket.SHUT_WR)  # Without a goodbye: TCP alone may say it, or an attacker.
+        assert talking.receive() == [1, 2, None, "at once"]
+        go.set()
+        assert talking.receive() == [1, 1, None, "late"]
         assert "without ending TLS" in costs.line
 
 
