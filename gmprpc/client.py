@@ -92,6 +92,10 @@ class Client:
         check_timeout("timeout", timeout)
         #: Where the server is: ``(host, port)`` or ``"unix:/path"``.
         self.address = parse_address(address)
+        if server_hostname is None and isinstance(self.address, tuple):
+            server_hostname = self.address[0]
+        if ssl_context is not None and ssl_context.check_hostname and not server_hostname:
+            raise ValueError("server_hostname: the name to find in the server's certificate has to be given")
         #: Seconds to wait for a connection.
         self.connect_timeout = connect_timeout
         #: Seconds to wait for an answer, where a call doesn't say.
@@ -312,10 +316,7 @@ class Client:
                     sock.close()  # Unless the stream has taken it over.
                 if self._ssl_context is None:
                     return stream
-                host = self.address[0] if isinstance(self.address, tuple) else None
-                tls = TLSStream(
-                    stream, self._ssl_context, server_side=False, server_hostname=self._server_hostname or host
-                )
+                tls = TLSStream(stream, self._ssl_context, server_side=False, server_hostname=self._server_hostname)
                 tls.handshake()
                 return tls
         except BaseException as exc:

@@ -229,7 +229,7 @@ class Connection:
         self._used_at = perf_counter()
         self._idle_deadline = Deadline(self._loop, options.idle_timeout, self._on_idle)
         self._is_cut = False  # Closed by this side before it was quiet.
-        self._is_aborted = False
+        self._is_aborted = False  # Nothing more can, or shall, be sent.
         self._is_abandoned = False
         self._over = Event()
         _connections.add(self)
@@ -368,7 +368,7 @@ class Connection:
             self._counters.failed_connections += 1
             level = logging.WARNING if isinstance(error, ProtocolError) else logging.INFO
             log(logger, level, "connection with %s: %s: %s", format_address(self.peer), type(error).__name__, error)
-        if self._is_aborted or isinstance(error, ConnectionClosed):
+        if self._is_aborted:
             self._stream.close()
         else:
             self._stream.finish(last_words, linger=not self._is_cut)
@@ -664,6 +664,7 @@ class Connection:
         self._unsent_requests.update(requests_in(b"".join([*unsent, *self._out])))
         self._backlog.clear()
         self._out.clear()
+        self._is_aborted = True
         self._end(self.error or error)
 
     def _end(self, error: Exception | None) -> None:

@@ -121,6 +121,8 @@ class Server(Registry):
         hide_errors: bool = False,
         reuse_greenlets: bool = True,
     ) -> None:
+        if ssl_context is not None and ssl_context.protocol == ssl.PROTOCOL_TLS_CLIENT:
+            raise ValueError("ssl_context is that of a client: make it with gmprpc.tls.server_context()")
         is_unix = isinstance(listener, str) and listener.startswith(UNIX_PREFIX)
         if not is_unix and (socket_mode, socket_user, socket_group) != (None, None, None):
             raise ValueError("socket_mode, socket_user and socket_group are for unix:PATH, which makes a file")

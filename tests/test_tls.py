@@ -677,6 +677,7 @@ def test_what_came_before_a_truncation_is_answered(
         assert talking.receive() == [1, 2, None, "at once"]
         go.set()
         assert talking.receive() == [1, 1, None, "late"]
+        assert peer.recv(1) == b"", "it is told the end in good order"
         assert "without ending TLS" in costs.line
 
 
@@ -1042,3 +1043,17 @@ def test_stop_cuts_what_is_still_at_work_at_the_deadline(
         with pytest.raises(ssl.SSLEOFError):
             peer.receive_rest()
     assert [record.getMessage() for record in caplog.records] == ["1 requests were cut after 0.05 s"]
+
+
+# Contexts for the wrong side.
+
+
+def test_the_context_of_a_client_is_no_servers(client_context: ssl.SSLContext) -> None:
+    with pytest.raises(ValueError, match=r"gmprpc\.tls\.server_context"):
+        gmprpc.Server(("127.0.0.1", 0), ssl_context=client_context)
+
+
+def test_a_client_that_would_check_no_name_is_refused_at_once(client_context: ssl.SSLContext) -> None:
+    with pytest.raises(ValueError, match="server_hostname"):
+        gmprpc.Client("unix:/nowhere", ssl_context=client_context)
+    gmprpc.Client("unix:/nowhere", ssl_context=client_context, server_hostname="localhost")
