@@ -382,6 +382,7 @@ class Connection:
         try:
             data = self._stream.recv()
         except BlockingIOError:
+            self._watch_for_the_rest()
             if self._phase == _FINISHING:
                 self._phase = _DRAINED
                 self._settle()
@@ -453,10 +454,7 @@ class Connection:
                     break
             else:
                 self._inbox = None
-                if self._decoder.is_amid_message:
-                    self._read_deadline.put_off()
-                elif self._read_deadline.is_set:
-                    self._read_deadline.lift()
+                self._watch_for_the_rest()
         except ProtocolError as exc:
             self._counters.protocol_errors += 1
             self._inbox = None
@@ -491,6 +489,16 @@ class Connection:
             self._out.append(answer)
             self._refusals_size += len(answer)
 
+    def _is_amid_something(self) -> bool:
+        return self._decoder.is_amid_message or self._stream.is_amid_record
+
+    def _watch_for_the_rest(self) -> None:
+        """Let the time run in which the rest has to come of what has come in part."""
+        if self._is_amid_something():
+            self._read_deadline.put_off()
+        elif self._read_deadline.is_set:
+            self._read_deadline.lift()
+
     def _on_silence(self) -> None:
         timeout = self._read_deadline.seconds
         self._fall_silent(ConnectionClosed(f"the rest of a message didn't come within {timeout:g} s"))
@@ -501,7 +509,7 @@ class Connection:
         timeout = self._idle_deadline.seconds
         assert timeout is not None
         left = self._used_at + timeout - perf_counter()
-        if self._requests or self._calls.pending or self._backlog or self._decoder.is_amid_message:
+        if self._requests or self._calls.pending or self._backlog or self._is_amid_something():
             self._idle_deadline.put_off()
         elif left > 0:
             self._idle_deadline.put_off(left)
@@ -567,8 +575,7 @@ class Connection:
             self._is_reading = may_read
             if may_read:
                 self._read_watcher.start(self._on_readable)
-                if self._decoder.is_amid_message:
-                    self._read_deadline.put_off()
+                self._watch_for_the_rest()
             else:
                 self._read_watcher.stop()
                 self._read_deadline.lift()

@@ -59,6 +59,10 @@ _RawSocket: type[stdlib_socket.socket] = monkey.get_original("socket", "socket")
 class Stream(Protocol):
     """A connected, non-blocking stream of bytes, which owns its descriptor."""
 
+    @property
+    def is_amid_record(self) -> bool:
+        """True when a part of something has come that gives no bytes until the rest of it is there."""
+
     def fileno(self) -> int:
         """The descriptor to watch, the same one for reading and writing."""
 
@@ -91,6 +95,8 @@ class Stream(Protocol):
 
 class PlainStream:
     """A TCP or unix socket."""
+
+    is_amid_record = False
 
     def __init__(self, sock: Any) -> None:
         """Take the descriptor over from ``sock``, which is detached.
@@ -173,6 +179,9 @@ class TLSStream:
         self._ahead = b""
         # What was wrong behind the last bytes that were received in good order.
         self._failure: Exception | None = None
+        # Where in the records the last byte was that came: in a header, or so many bytes before the end of its record.
+        self._header = b""
+        self._record_left = 0
         self.fileno = stream.fileno
 
     def handshake(self) -> None:
@@ -190,6 +199,7 @@ class TLSStream:
                     send_all(self._stream, self._outgoing.read())
                     if not self._ahead:
                         self._ahead = _recv_waiting(self._stream)
+                        self._frame(self._ahead)
                         if is_first and self._ahead and self._ahead[0] not in _FIRST_RECORDS:
                             # OpenSSL takes the MessagePack of some requests for the beginning of an SSL 2 hello of
                             # 5 KiB, and waits for the rest.
@@ -215,6 +225,7 @@ class TLSStream:
         is_cut = False
         try:
             data = self._stream.recv_view()
+            self._frame(data)
             is_cut = not data  # OpenSSL isn't told: it would take the stream for broken, and answers may still go.
         except BlockingIOError:
             # The handshake may have left something, of which the watcher of the descriptor knows nothing.
@@ -242,6 +253,10 @@ class TLSStream:
         if is_cut:
             raise EOFError("the peer closed the connection without ending TLS")
         raise BlockingIOError
+
+    @property
+    def is_amid_record(self) -> bool:
+        return bool(self._header) or self._record_left > 0
 
     def send(self, data: Any, /) -> int:
         if self._failure is not None:
@@ -285,6 +300,21 @@ class TLSStream:
 
     def abandon(self) -> None:
         self._stream.abandon()
+
+    def _frame(self, data: bytes | memoryview) -> None:
+        """Keep in step with the records: each begins with five bytes, the last two of which are its size from there."""
+        position = 0
+        while position < len(data):
+            if self._record_left:
+                step = min(self._record_left, len(data) - position)
+                self._record_left -= step
+            else:
+                step = min(5 - len(self._header), len(data) - position)
+                self._header += bytes(data[position : position + step])
+                if len(self._header) == 5:
+                    self._record_left = int.from_bytes(self._header[3:], "big")
+                    self._header = b""
+            position += step
 
     def _decrypt(self, data: bytes | memoryview, plain: list[bytes]) -> bool:
         """Append what is in ``data`` to ``plain``; True if it ends with the peer's goodbye."""

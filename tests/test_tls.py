@@ -693,6 +693,22 @@ def test_half_a_record_and_the_end_cost_one_line(
 
 
 @pytest.mark.parametrize("server_options", [{"read_timeout": 0.2}])
+@pytest.mark.parametrize("words", [b"", ECHO], ids=["at once", "after a message"])
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_half_a_record_and_silence_cost_one_line(
+    server: gmprpc.Server, costs: Costs, client_context: ssl.SSLContext, words: bytes, size: int
+) -> None:
+    with shaken(server, client_context) as peer:
+        if words:
+            peer.sendall(words)
+            peer.recv(100)
+        peer.tls.write(ECHO)
+        peer.flush(size)
+        rest_of(peer.socket)
+        assert "the rest of a message didn't come within 0.2 s" in costs.line
+
+
+@pytest.mark.parametrize("server_options", [{"read_timeout": 0.2}])
 def test_half_a_message_and_silence_cost_one_line(
     server: gmprpc.Server, costs: Costs, client_context: ssl.SSLContext
 ) -> None:
