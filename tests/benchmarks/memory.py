@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgpack
 
-from .processes import GMPRPC, PEER, SERVERS, BenchmarkError, Server, Workshop
+from .processes import GMPRPC, PEER, SERVERS, BenchmarkError, RunningServer, Server, Workshop
 from .report import conditions, heading, lines
 
 # For what is open besides the connections, here and in a server.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the conditions and every figure to FILE")
     options = parser.parse_args(arguments)
 
-    connections = _connections_allowed(options.connections)
+    connections = connections_allowed(options.connections)
     if connections < 1:
         parser.error("no connection is wanted, or none can be had: see `ulimit -n`")
     servers = [SERVERS[name] for name in options.servers if SERVERS[name].is_installed()]
@@ -77,18 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(workshop: Workshop, server: Server, connections: int, quiet: float) -> dict[str, int]:
     """The resident size of ``server`` without connections, when all have made their call, and after ``quiet`` s."""
-    with workshop.start(server) as running, ExitStack() as stack:
+    with workshop.start(server) as running:
+        return measure_running(running, connections, quiet)
+
+
+def measure_running(running: RunningServer, connections: int, quiet: float) -> dict[str, int]:
+    """The same of a server that has been started already."""
+    with ExitStack() as stack:
         # What is imported and set up once, with the first call, isn't a connection's.
         with _connect(running.port) as first:
             _call(first)
-        before = _resident_size(running.pid)
+        before = running.resident_size()
         for _ in range(connections):
             # One after the other: then no queue of connections that wait to be accepted is too short.
             _call(stack.enter_context(_connect(running.port)))
-        in_use = _resident_size(running.pid)
+        in_use = running.resident_size()
         time.sleep(quiet)
         running.check()
-        return {"before": before, "in_use": in_use, "quiet": _resident_size(running.pid)}
+        return {"before": before, "in_use": in_use, "quiet": running.resident_size()}
 
 
 def _connect(port: int) -> socket.socket:
@@ -107,14 +113,7 @@ def _call(sock: socket.socket) -> None:
         raise BenchmarkError(f"wrong answer: {answer!r}")
 
 
-def _resident_size(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise BenchmarkError("the server has no resident memory: it has ended")
-
-
-def _connections_allowed(wanted: int) -> int:
+def connections_allowed(wanted: int) -> int:
     """How many of ``wanted`` the limit on open files allows, which is raised for this process and its servers."""
     needed = wanted + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

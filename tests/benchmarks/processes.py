@@ -54,9 +54,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Server:
-    """A program in ``servers/`` that has a method ``echo`` and prints the port on which it listens."""
+    """A program that has a method ``echo`` and prints the port on which it listens."""
 
     name: str
+    #: Its file: in ``servers/``, if the path isn't absolute.
     source: str
     #: The distribution that it can't do without.
     package: str | None = None
@@ -133,16 +134,16 @@ class Workshop:
         """The program made from ``load.c``."""
         return self.build(HERE / "load.c")
 
-    def start(self, server: Server) -> RunningServer:
-        """Start ``server`` on its core and wait until it listens."""
+    def start(self, server: Server, *arguments: str) -> RunningServer:
+        """Start ``server`` on its core, with ``arguments``, and wait until it listens."""
         source = HERE / "servers" / server.source
         command = [str(self.build(source))] if source.suffix == ".c" else [sys.executable, str(source)]
         if server not in self._known:
             # The second start is the one to measure, as it is for users: who compiles modules has a different heap.
             self._known.add(server)
-            self.start(server).end()
-        with _on_core(self.server_core):
-            return RunningServer(server.name, command, self._environment)
+            self.start(server, *arguments).end()
+        with on_core(self.server_core):
+            return RunningServer(server.name, [*command, *arguments], self._environment)
 
     @cached_property
     def _environment(self) -> dict[str, str]:
@@ -184,7 +185,7 @@ class Workshop:
         for option, value in options.items():
             command += [option, str(value)]
         try:
-            with _on_core(self.load_core):
+            with on_core(self.load_core):
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=warmup + seconds + _PATIENCE, check=False
                 )
@@ -206,7 +207,7 @@ class RunningServer:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._name = name
         # A file takes whatever it writes; a pipe that nobody reads would block it.
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  Closed by `end`.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  Closed by `end`.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -234,10 +235,31 @@ class RunningServer:
         if self._process.poll() is not None:
             raise BenchmarkError(f"{self._name} ended with status {self._process.returncode}{self.last_words()}")
 
+    @property
+    def status(self) -> int | None:
+        """The exit status, negative for the signal that killed it; None while it runs."""
+        return self._process.poll()
+
+    def resident_size(self) -> int:
+        """The bytes of its memory that are resident now."""
+        return self.memory("VmRSS")
+
+    def memory(self, figure: str) -> int:
+        """One of the sizes, in bytes, that ``/proc/PID/status`` has."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{figure}:"):
+                return int(line.split()[1]) * 1024
+        raise BenchmarkError("the server has no resident memory: it has ended")
+
+    def log(self) -> str:
+        """What it has written to standard error."""
+        # At an offset, so that the process goes on where it was: the two share one position in the file.
+        size = os.fstat(self._stderr.fileno()).st_size
+        return os.pread(self._stderr.fileno(), size, 0).decode(errors="replace")
+
     def last_words(self) -> str:
         """The end of what it has written to standard error, in brackets, or nothing."""
-        self._stderr.seek(0)
-        text = self._stderr.read().strip()
+        text = self.log().strip()
         return f" (it wrote: {text[-1000:]})" if text else ""
 
     def end(self) -> None:
@@ -264,7 +286,7 @@ class RunningServer:
 
 
 @contextmanager
-def _on_core(core: int) -> Iterator[None]:
+def on_core(core: int) -> Iterator[None]:
     """Processes that are started here stay on ``core``, from their first instruction on."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
