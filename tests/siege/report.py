@@ -8,7 +8,7 @@ from typing import Any
 MIB = 1024 * 1024
 KIB = 1024
 
-_WIDTHS = (12, 76, 30, 24)
+_WIDTHS = (10, 88, 36, 20)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ class Client:
             "lost": len(self.expected),
             "wrong": len(self.faults),
             "first_fault": self.faults[0] if self.faults else None,
+            "timed": count,
             "p50_ms": self.latencies[count // 2] * 1000 if count else None,
             "p99_ms": self.latencies[count * 99 // 100] * 1000 if count else None,
             "max_ms": self.latencies[-1] * 1000 if count else None,
@@ -140,7 +141,7 @@ def main() -> None:
     try:
         held = [client.request("hold", gate, number, result=number) for number in range(2 * options.hold)]
         sock.sendall(b"".join(held))
-        for _ in range(WARM_UP_ROUNDS):
+        for _ in range(WARM_UP_ROUNDS if options.hold else 1):
             client.round(options.round)
         client.latencies.clear()
         print("ready", flush=True)

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import ssl
+import sys
 import threading
 from collections import Counter
 from typing import Any
@@ -113,6 +114,13 @@ def census() -> dict[str, int]:
         "greenlets": sum(isinstance(thing, greenlet.greenlet) for thing in gc.get_objects()),
         "threads": threading.active_count(),
     }
+
+
+@service.method
+def blocks() -> int:
+    """How many pieces of memory Python's objects take, whatever the allocators make of that."""
+    gc.collect()
+    return sys.getallocatedblocks()
 
 
 class Base:

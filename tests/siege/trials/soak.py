@@ -28,6 +28,7 @@ def soak(field: Field) -> Iterator[Row]:
         before = target.peak_census()
         start_size = target.resident_size()
         sizes: list[int] = []
+        blocks: list[int] = []
         reports: list[dict[str, Any]] = []
         failures: list[str] = []
         for quarter in range(_QUARTERS):
@@ -50,15 +51,19 @@ def soak(field: Field) -> Iterator[Row]:
             # Under the same conditions each time: nobody is there but the bystander, and nothing was going on lately.
             target.wait_alone()
             gevent.sleep(QUIET)
-            target.census()
+            blocks.append(target.blocks())
             sizes.append(target.resident_size())
-            yield reported(f"resident at the end of quarter {quarter + 1}", sizes[-1], "MiB")
+            yield reported(f"resident at the end of quarter {quarter + 1}", sizes[-1], "MiB", blocks=blocks[-1])
         total = sum(report["calls"] for report in reports)
         lost, wrong = (sum(report[what] for report in reports) for what in ("lost", "wrong"))
         first_fault = next((report["first_fault"] for report in reports if report["first_fault"]), None)
         yield exactly(f"of {total:,} calls: lost or wrong", lost + wrong, 0, first_fault=first_fault)
         growth = max(after - earlier for earlier, after in pairwise(sizes))
         yield at_most("growth from one quarter to the next, at most", growth, MIB, "KiB", sizes=sizes, start=start_size)
+        yield reported(
+            "growth in blocks of memory that Python's objects take, from the first quarter's end to the last's",
+            blocks[-1] - blocks[0],
+        )
         each = f"{_QUARTERS * strangers:,}"
         what = f"of {each} hostile connections and {each} abandoned ones: not dealt with as expected"
         yield exactly(what, len(failures), 0, first=failures[:5])
