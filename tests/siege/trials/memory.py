@@ -13,7 +13,7 @@ from tests.benchmarks.memory import connections_allowed, measure_running
 from tests.helpers import Peer
 from tests.siege import attacks
 from tests.siege.attacks import HEAD, MAX_MESSAGE_SIZE, pack
-from tests.siege.field import QUIET, Field, SiegeError, is_closed_by_server
+from tests.siege.field import QUIET, Field, SiegeError, Target, is_closed_by_server
 from tests.siege.report import KIB, MIB, Row, at_most, below, exactly, reported
 
 _UNFINISHED_SIZE = 64 * KIB
@@ -53,6 +53,14 @@ def unfinished(field: Field) -> Iterator[Row]:
         what = f"for each of {connections} connections, {way}; worst of {len(found)}: {worst}"
         yield below(what, found[worst], _UNFINISHED_BAR, "KiB", of_each=found)
         yield _worst(rows)
+    with field.besieged() as (target, bystander), target.connect() as peer:
+        peer.send_bytes(attacks.unfinished(MAX_MESSAGE_SIZE - 64 * KIB)["nested fixarrays"])
+        target.wait_read()
+        longest = bystander.end()["max_ms"] / 1000
+        yield reported(
+            "longest wait of the bystander, one connection sending 960 KiB of nested fixarrays", longest, "ms"
+        )
+        yield from target.complaints()
 
 
 def parts(field: Field) -> Iterator[Row]:
@@ -80,6 +88,10 @@ def parts(field: Field) -> Iterator[Row]:
         peak = target.peak_size() - before
         yield below("memory while it came", peak, 4 * MIB, "KiB")
 
+        # The first large message has taught the allocator what it keeps.
+        target.wait_alone()
+        gevent.sleep(QUIET)
+        before = target.resident_size()
         for _ in range(20):
             with target.connect() as peer:
                 try:
@@ -99,22 +111,28 @@ def parts(field: Field) -> Iterator[Row]:
 def gone(field: Field) -> Iterator[Row]:
     """Who leaves amid a message of almost 1 MiB takes its memory along; nobody has to collect it."""
     times = field.choose(1000, 200)
-    data = HEAD + b"\xdb\x00\x0f\xf0\x00" + b"x" * 1_000_000
     with field.besieged() as (target, bystander):
+        _leave_amid_message(target)
+        # The first large message has taught the allocator what it keeps.
+        target.wait_alone()
+        gevent.sleep(QUIET)
         before = target.resident_size()
         target.reset_peak()
         for _ in range(times):
-            with target.connect() as peer:
-                peer.send_bytes(data)
-                target.wait_read()
-        yield below(
-            f"{times:,} messages of 1 MB, unfinished, one after the other", target.peak_size() - before, 16 * MIB, "MiB"
-        )
+            _leave_amid_message(target)
+        peak = target.peak_size() - before
+        yield below(f"{times:,} messages of 1 MB, unfinished, one after the other", peak, 16 * MIB, "MiB")
         target.wait_alone()
         gevent.sleep(QUIET)
         yield below("memory that isn't back afterwards", target.resident_size() - before, MIB, "KiB")
         yield bystander.row()
         yield from target.complaints()
+
+
+def _leave_amid_message(target: Target) -> None:
+    with target.connect() as peer:
+        peer.send_bytes(HEAD + b"\xdb\x00\x0f\xf0\x00" + b"x" * 1_000_000)
+        target.wait_read()
 
 
 def unread(field: Field) -> Iterator[Row]:
