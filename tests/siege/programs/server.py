@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import inspect
 import logging
@@ -121,6 +122,13 @@ def blocks() -> int:
     """How many pieces of memory Python's objects take, whatever the allocators make of that."""
     gc.collect()
     return sys.getallocatedblocks()
+
+
+@service.method
+def trim() -> None:
+    """Give back what the C library's allocator only keeps, as far as it is one that can be told to."""
+    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
 
 
 class Base:

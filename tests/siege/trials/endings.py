@@ -162,14 +162,15 @@ def resets(field: Field) -> Iterator[Row]:
             connections = len(request) + answer_size + 2 + large_size // large_step
             if is_secret:
                 hello = _client_hello()
-                for position in range(len(hello)):
+                positions = range(0, len(hello), field.choose(1, 8))
+                for position in positions:
                     peer = target.connect_plainly()
                     peer.send_bytes(hello[:position])
                     if position % 2:
                         target.wait_read()
                     reset(peer)
-                connections += len(hello)
-                yield target.recovery_row(f"reset at all {len(hello)} positions of a ClientHello: as before", before)
+                connections += len(positions)
+                yield target.recovery_row(f"reset at {len(positions)} positions of a ClientHello: as before", before)
             yield at_most("log lines", len(target.new_log()), connections, first=target.new_log()[:5])
             yield bystander.row()
             yield from target.complaints()

@@ -27,6 +27,7 @@ def soak(field: Field) -> Iterator[Row]:
     with field.besieged() as (target, bystander):
         before = target.peak_census()
         start_size = target.resident_size()
+        target.reset_peak()
         sizes: list[int] = []
         blocks: list[int] = []
         reports: list[dict[str, Any]] = []
@@ -52,12 +53,17 @@ def soak(field: Field) -> Iterator[Row]:
             target.wait_alone()
             gevent.sleep(QUIET)
             blocks.append(target.blocks())
+            kept = target.resident_size()
+            # How much of what is free the allocator keeps is a matter of what happens to lie behind it.
+            target.ask("trim")
             sizes.append(target.resident_size())
-            yield reported(f"resident at the end of quarter {quarter + 1}", sizes[-1], "MiB", blocks=blocks[-1])
+            what = f"resident at the end of quarter {quarter + 1} ({kept / MIB:.1f} MiB with what the allocator keeps)"
+            yield reported(what, sizes[-1], "MiB", blocks=blocks[-1], with_kept=kept)
         total = sum(report["calls"] for report in reports)
         lost, wrong = (sum(report[what] for report in reports) for what in ("lost", "wrong"))
         first_fault = next((report["first_fault"] for report in reports if report["first_fault"]), None)
         yield exactly(f"of {total:,} calls: lost or wrong", lost + wrong, 0, first_fault=first_fault)
+        yield reported("the most that was resident at any moment", target.peak_size(), "MiB")
         growth = max(after - earlier for earlier, after in pairwise(sizes))
         yield at_most("growth from one quarter to the next, at most", growth, MIB, "KiB", sizes=sizes, start=start_size)
         yield reported(
