@@ -110,7 +110,7 @@ def _time_to_answer(waiting: list[Peer]) -> float:
 
 def tls(field: Field) -> Iterator[Row]:
     """200 silent clients in their handshakes: a new one is answered within 1 s."""
-    patience = field.choose(10, 4)
+    patience = field.choose(10, 3)
     with field.besieged("--handshake-timeout", patience, is_secret=True) as (target, bystander), ExitStack() as stack:
         target.remember_log()
         begin = time.monotonic()

@@ -110,7 +110,7 @@ def parts(field: Field) -> Iterator[Row]:
 
 def gone(field: Field) -> Iterator[Row]:
     """Who leaves amid a message of almost 1 MiB takes its memory along; nobody has to collect it."""
-    times = field.choose(1000, 200)
+    times = field.choose(1000, 100)
     with field.besieged() as (target, bystander):
         _leave_amid_message(target)
         # The first large message has taught the allocator what it keeps.
@@ -155,11 +155,11 @@ def unread(field: Field) -> Iterator[Row]:
             expected = b"x" * MIB
             right = sum(_is_answer(peer.receive(), expected) for _ in range(200))
             yield exactly("answers that are right when they are read at last", right, 200)
-            peer.close()
-            target.wait_alone()
-            gevent.sleep(QUIET)
-            target.census()
-            yield reported("memory that isn't back afterwards", target.resident_size() - before, "MiB")
+            if not field.is_short:
+                peer.close()
+                target.wait_alone()
+                gevent.sleep(QUIET)
+                yield reported("memory that isn't back afterwards", target.resident_size() - before, "MiB")
             yield bystander.row()
             yield from target.complaints()
 
