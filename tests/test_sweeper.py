@@ -33,17 +33,26 @@ class Timer:
     def stop(self) -> None:
         self.callback = None
 
+    close = stop
+
     def go_off(self) -> None:
         assert self.callback is not None
         self.callback()
 
 
 class Loop:
-    """A loop that has one timer."""
+    """A loop of which the timers are kept: the first one begins sweeps, the others go on with them."""
+
+    def __init__(self) -> None:
+        self.timers: list[Timer] = []
 
     def timer(self, *settings: Any, ref: bool = True) -> Timer:
-        self.made = Timer(*settings, ref=ref)
-        return self.made
+        self.timers.append(Timer(*settings, ref=ref))
+        return self.timers[-1]
+
+    @property
+    def made(self) -> Timer:
+        return self.timers[0]
 
 
 class Busy:
@@ -114,6 +123,41 @@ def test_who_has_rested_is_let_go(sweeper: Sweeper, loop: Loop) -> None:
     del busy
     collected()
     assert gone() is None
+
+
+def test_of_many_some_are_asked_at_a_time(sweeper: Sweeper, loop: Loop) -> None:
+    crowd = [Busy(2) for _ in range(2 * Sweeper._AT_ONCE + 1)]
+    for busy in crowd:
+        sweeper.watch(busy)
+    for sweep in (1, 2):
+        loop.made.go_off()
+        for turn in (1, 2):
+            assert sum(busy.asked == sweep for busy in crowd) == turn * Sweeper._AT_ONCE
+            assert loop.timers[-1].settings == (0,)
+            assert not loop.timers[-1].ref
+            loop.made.go_off()  # A sweep that takes longer than it should isn't begun anew.
+            loop.timers[-1].go_off()
+        assert all(busy.asked == sweep for busy in crowd)
+    assert loop.made.callback is None
+    assert all(timer.callback is None for timer in loop.timers)
+
+
+def test_who_is_forgotten_is_asked_no_more(sweeper: Sweeper, loop: Loop) -> None:
+    crowd = [Busy(5) for _ in range(Sweeper._AT_ONCE + 1)]
+    for busy in crowd:
+        sweeper.watch(busy)
+    loop.made.go_off()
+    (waiting,) = [busy for busy in crowd if not busy.asked]
+    sweeper.forget(waiting)
+    sweeper.forget(waiting)
+    loop.timers[-1].go_off()
+    loop.made.go_off()
+    assert waiting.asked == 0
+    assert all(busy.asked == 2 for busy in crowd if busy is not waiting)
+    for busy in crowd:
+        sweeper.forget(busy)
+    loop.made.go_off()
+    assert loop.made.callback is None
 
 
 def test_who_fails_is_let_go_and_the_others_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
