@@ -29,6 +29,9 @@ MAX_CONNECTIONS = 10_000
 READ_TIMEOUT = 60.0
 WRITE_TIMEOUT = 60.0
 
+# Beyond 4 GiB msgpack miscounts the bytes of a value.
+_MAX_MESSAGE_SIZE = 2**32 - 1
+
 # What msgpack's Unpacker would understand, but the framing of the stream depends on.
 _RESERVED_UNPACKER_OPTIONS = frozenset(
     ("file_like", "list_hook", "max_array_len", "max_bin_len", "max_buffer_size", "max_ext_len", "max_map_len")
@@ -53,9 +56,9 @@ class ConnectionOptions:
     unpacker_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_message_size is None:
-            raise ValueError("max_message_size has to be a number: what is announced has to be held against something")
         check_limit("max_message_size", self.max_message_size)
+        if self.max_message_size is None or self.max_message_size > _MAX_MESSAGE_SIZE:
+            raise ValueError(f"max_message_size has to be a number, of {_MAX_MESSAGE_SIZE} at most")
         check_limit("max_concurrency", self.max_concurrency)
         check_limit("max_unsent_size", self.max_unsent_size)
         for name in ("read_timeout", "write_timeout", "idle_timeout"):

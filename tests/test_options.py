@@ -52,6 +52,12 @@ def test_only_the_size_of_a_message_has_to_have_a_limit() -> None:
         ConnectionOptions(max_message_size=None)  # type: ignore[arg-type]
 
 
+def test_a_message_may_have_4_gib_and_no_more() -> None:
+    assert ConnectionOptions(max_message_size=2**32 - 1).max_message_size == 2**32 - 1
+    with pytest.raises(ValueError, match="of 4294967295 at most"):
+        ConnectionOptions(max_message_size=2**32)
+
+
 @pytest.mark.parametrize("name", ["max_message_size", "max_concurrency", "max_unsent_size"])
 def test_a_limit_is_not_true(name: str) -> None:
     options: dict[str, Any] = {name: True}
