@@ -30,7 +30,7 @@ from gevent import GreenletExit
 from gevent.event import Event
 from greenlet import getcurrent
 
-from .calls import Calls
+from .calls import Calls, switch
 from .deadline import Deadline
 from .exceptions import ConnectionClosed, ProtocolError
 from .log import log, log_soon, shown
@@ -144,6 +144,7 @@ class Connection:
         "_is_awake",
         "_is_cut",
         "_is_reading",
+        "_life",
         "_loop",
         "_max_concurrency",
         "_max_unsent_size",
@@ -218,7 +219,7 @@ class Connection:
         self._own_messages = 0  # So many of those in `_out` are no answers.
         self._refusals_size = 0  # Of what was refused since all had been written.
         self._is_amid_write = False  # A part of the backlog's first piece has been written.
-        self._unsent_requests: set[int] = set()  # When the connection was lost.
+        self._unsent_requests: frozenset[int] = frozenset()  # When the connection was lost.
         self._write_watcher: Any = None
         self._write_deadline = Deadline(self._loop, options.write_timeout, self._on_unread)
         #: `_settle` will be called soon: at the end of a batch, or by the loop.
@@ -231,7 +232,8 @@ class Connection:
         self._is_cut = False  # Closed by this side before it was quiet.
         self._is_aborted = False  # Nothing more can, or shall, be sent.
         self._is_abandoned = False
-        self._over = Event()
+        self._over: Event | None = None  # For those who wait for the end, if anybody does.
+        self._life: Any = None  # The greenlet that runs the connection, while it has nothing to do but wait.
         _connections.add(self)
 
     # What the application may call.
@@ -344,6 +346,10 @@ class Connection:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the connection is closed; False if ``timeout`` seconds pass before."""
+        if self.is_closed:
+            return True
+        if self._over is None:
+            self._over = Event()
         return self._over.wait(timeout)
 
     # The life of the connection, in the greenlet that was made for it.
@@ -355,8 +361,14 @@ class Connection:
             self._loop.run_callback(self._settle)
             self._loop.run_callback(self._on_readable)
             self._idle_deadline.put_off()
-            self._over.wait()
+            # Not for an event: the stack that waits for one is kept for as long as the connection lives, and is 1 KiB
+            # larger. Any switch but that of `_wake` is a stray.
+            self._life = getcurrent()
+            while self._phase < _CLOSED:
+                switch(self._hub)
+            self._life = None
         except BaseException:  # This greenlet is killed.
+            self._life = None
             self.abort()
             self._stream.close()
             raise
@@ -389,7 +401,7 @@ class Connection:
             return
         except EOFError as exc:  # TLS was cut off: nothing more will come, but what has come may be answered.
             error = ConnectionClosed(f"connection lost: {exc}")
-            error.__cause__ = exc
+            error.__cause__ = exc.with_traceback(None)
             self._fall_silent(error)
             self._settle()
             return
@@ -442,6 +454,8 @@ class Connection:
                         waiter(message)
                 elif kind == INVALID:
                     self._reject(message)
+                else:  # PAUSE: a long message is looked through, which may be what many peers have us do.
+                    break
                 # Time and number: one connection must not keep the hub. What else has to end the batch, as the close of
                 # the connection has, sets its end to 0. (A batch's 4 ms are 35 ns a message to measure.)
                 left -= 1
@@ -527,7 +541,7 @@ class Connection:
     def _fall_silent(self, error: Exception | None) -> None:
         """Take no more messages; what was received is still answered."""
         self._phase = max(self._phase, _DEAF)
-        self.error = self.error or error
+        self.error = self.error or (error and error.with_traceback(None))  # Its frames hold what was received.
         self._calls.fail_all(self.error, self._unsent_requests)
 
     # Between the batches, in the hub.
@@ -665,10 +679,10 @@ class Connection:
     def _lose(self, reason: Exception) -> None:
         """The stream is broken: nothing more can be received or sent."""
         error = ConnectionClosed(f"connection lost: {getattr(reason, 'strerror', None) or reason}")
-        error.__cause__ = reason
+        error.__cause__ = reason.with_traceback(None)  # Its frames hold what was to be sent.
         # What is still here has not left; what was partly written may have.
         unsent = self._backlog[1:] if self._is_amid_write else self._backlog
-        self._unsent_requests.update(requests_in(b"".join([*unsent, *self._out])))
+        self._unsent_requests = frozenset(requests_in(b"".join([*unsent, *self._out])))
         self._backlog.clear()
         self._out.clear()
         self._is_aborted = True
@@ -690,26 +704,43 @@ class Connection:
         self._backlog += self._out  # The last words; answers that come later are dropped.
         self._out.clear()
         self.settle_soon()
-        self._over.set()
+        self._loop.run_callback(self._wake)
+
+    def _wake(self) -> None:
+        """Let those go on who wait for the end; in the hub."""
+        if self._life is not None:
+            self._life.switch()
+        if self._over is not None:
+            self._over.set()
 
     def _clear_away(self) -> None:
-        """When the connection has ended: let go of everybody who waits for something; in the hub."""
+        """When the connection has ended: let go of everybody who waits for something, and of what is held; in the hub.
+
+        Objects that hold each other are only found by the garbage collector, which may take its time.
+        """
         self._counters.dropped_answers += len(self._out)
         self._out.clear()
+        self._unsent_answers = 0
         self._calls.fail_all(self.error, self._unsent_requests)
         self._requests.cancel_replies()
-        self._requests.dismiss_idle()
+        self._decoder.abandon()
+        self._release()
+        Sweeper.of(self._hub).forget(self)
 
     def rest(self) -> bool:
         """Give back what is held for speed if there was nothing to do lately; says whether it was so."""
         if self._was_active:
             self._was_active = False
             return self._phase == _CLOSED
+        self._release()
+        self._is_awake = False
+        return True
+
+    def _release(self) -> None:
+        """Give back what is only held to be quicker next time."""
         self._decoder.release()
         self._requests.encoder.release()
         self._requests.dismiss_idle()
-        self._is_awake = False
-        return True
 
 
 # Every connection that there is in this process.

@@ -86,12 +86,13 @@ class Encoder:
     _INITIAL_SIZE = 512
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        self._options: dict[str, Any] = {"datetime": True, "buf_size": self._INITIAL_SIZE, **(options or {})}
+        self._options = options or {}
         self._pack: Callable[[Any], bytes] | None = None
 
     def new_pack(self) -> Callable[[list[Any]], bytes]:
         """A function that packs one message as a list, for one greenlet: a hook that it calls may switch to another."""
-        return Packer(**self._options).pack
+        options: dict[str, Any] = {"datetime": True, "buf_size": self._INITIAL_SIZE, **self._options}
+        return Packer(**options).pack
 
     def request(self, msgid: int, method: str, params: Sequence[Any]) -> bytes:
         """The bytes of ``[0, msgid, method, params]``."""
@@ -133,14 +134,12 @@ class Decoder:
 
     def __init__(self, max_message_size: int, options: Mapping[str, Any] | None = None) -> None:
         self._max_size = max_message_size
-        self._options: dict[str, Any] = {"timestamp": 3, "strict_map_key": False, **(options or {})}
-        for name in _HOOKS.intersection(self._options):
-            self._options[name] = _guarded(self._options[name])
+        self._options = options or {}
         self._array = list if self._options.get("use_list", True) else tuple
-        self._unpackb: Callable[[Buffer], Any] = partial(msgpack.unpackb, **self._options)
         # Unpackers take 41 KiB each: they are made when they are needed, and `release` drops them.
         self._framer: Unpacker | None = None
         self._unpacker: Unpacker | None = None
+        self._unpackb: Callable[[Buffer], Any] | None = None
         # A message of which the end hasn't come yet, and how far into it the search for its end has got.
         self._unfinished = bytearray()
         self._walk = _Walk(max_message_size)
@@ -152,10 +151,15 @@ class Decoder:
 
     def release(self) -> None:
         """Give back what was only held to be quicker next time; a stream that has gone quiet needs little."""
-        self._framer = self._unpacker = None
+        self._framer = self._unpacker = self._unpackb = None
+
+    def abandon(self) -> None:
+        """Give everything back: nothing more will be fed."""
+        self.release()
+        self._unfinished = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield each message that ``data`` completes when it is asked for, and PAUSE for each millisecond without one.
+        """Yield each message that ``data`` completes when it is asked for, and PAUSE where that takes long.
 
         Exhaust the iterator before you feed again.
 
@@ -173,7 +177,7 @@ class Decoder:
             yield self._decoded(unfinished[:end])
         elif len(data) <= self._GUESS_SIZE and len(data) <= self._max_size:
             try:
-                message = self._unpackb(data)
+                message = (self._unpackb or self._new_unpackb())(data)
             except Exception:
                 pass  # More than a message or less, or one that needs a closer look.
             else:
@@ -183,7 +187,7 @@ class Decoder:
             if end := self._complete(data):
                 batch = data if end == len(data) else data[:end]
                 if (unpacker := self._unpacker) is None:
-                    unpacker = self._unpacker = Unpacker(read_size=end, max_buffer_size=0, **self._options)
+                    unpacker = self._unpacker = Unpacker(read_size=end, max_buffer_size=0, **self._all_options())
                 unpacker.feed(batch)
                 array, count = self._array, 0
                 try:
@@ -217,6 +221,16 @@ class Decoder:
                 return
             yield self._decoded(data[:end])
             data = data[end:]
+
+    def _new_unpackb(self) -> Callable[[Buffer], Any]:
+        self._unpackb = partial(msgpack.unpackb, **self._all_options())
+        return self._unpackb
+
+    def _all_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"timestamp": 3, "strict_map_key": False, **self._options}
+        for name in _HOOKS.intersection(options):
+            options[name] = _guarded(options[name])
+        return options
 
     def _complete(self, data: bytes) -> int:
         """How many bytes of ``data`` are complete messages, as far as msgpack can tell without allocating."""
@@ -255,7 +269,7 @@ class Decoder:
     def _decoded(self, data: Buffer) -> Message:
         """The one message that ``data`` is."""
         try:
-            message = self._unpackb(data)
+            message = (self._unpackb or self._new_unpackb())(data)
         except Exception as exc:
             return self._undecodable(data, exc)
         return self._checked(message)
@@ -321,7 +335,7 @@ class Decoder:
 # By a value's first byte: its size, where that byte alone tells it.
 _SIZES: Final = bytes(
     [1] * 128  # positive fixint
-    + [0] * 32  # fixmap, fixarray
+    + ([1] + [0] * 15) * 2  # fixmap, fixarray, of which the empty ones hold nothing
     + [1 + length for length in range(32)]  # fixstr
     + [1, 0, 1, 1]  # nil, (never used), false, true
     + [0] * 6  # bin, ext
@@ -378,8 +392,8 @@ class _Walk:
 
     __slots__ = ("_left", "_max_size", "_position")
 
-    # So many bytes at a time: if each of them is a value of its own that takes one millisecond.
-    _STRETCH = 8 * 1024
+    # So many bytes at a time: if each of them is a value of its own that takes less than half a millisecond.
+    _STRETCH = 4 * 1024
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
@@ -409,12 +423,14 @@ class _Walk:
 
     def _advance(self, data: Buffer, stop: int, available: int) -> bool:
         """Look through the values that begin before ``stop``; says whether the end of the message is there."""
-        position, left = self._position, self._left
+        position, left, max_size, sizes = self._position, self._left, self._max_size, _SIZES
         while left and position < stop:
             lead = data[position]
-            if size := _SIZES[lead]:
+            if size := sizes[lead]:
                 position += size
                 left -= 1
+                if size == 1:
+                    continue  # Nothing has changed in how large the message is at least.
             elif lead < 0xA0:  # fixmap, fixarray
                 position += 1
                 left += (lead & 0x0F) * (2 if lead < 0x90 else 1) - 1
@@ -423,14 +439,16 @@ class _Walk:
             else:
                 length_size, type_size, is_body, values = _HEADERS[lead]
                 header_end = position + 1 + length_size
+                if header_end + left - 1 > max_size:
+                    raise MessageTooLarge(header_end + left - 1, max_size)
                 if header_end > available:
                     break
                 length = int.from_bytes(data[position + 1 : header_end], "big")
                 position = header_end + type_size + is_body * length
                 left += values * length - 1
             # Each value that is still to come has at least one byte.
-            if position + left > self._max_size:
-                raise MessageTooLarge(position + left, self._max_size)
+            if position + left > max_size:
+                raise MessageTooLarge(position + left, max_size)
         self._position, self._left = position, left
         return not left and position <= available
 

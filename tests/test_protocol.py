@@ -724,12 +724,12 @@ def test_others_get_their_turn_while_a_long_message_is_looked_through(value: byt
         piece = data[start : start + piece_size]
         pauses = list(decoder.feed(piece))
         assert set(pauses) <= {(PAUSE, None, None, None)}
-        # No more than 8 KiB, and a value that reaches beyond, between two pauses.
-        assert len(pauses) >= len(piece) // (8 * 1024 + len(value)) - 1
+        # No more than 4 KiB, and a value that reaches beyond, between two pauses.
+        assert len(pauses) >= len(piece) // (4 * 1024 + len(value)) - 1
         looked_at += len(piece)
         stretches += len(pauses)
     assert looked_at == len(data)
-    assert stretches <= len(data) // (8 * 1024)
+    assert stretches <= len(data) // (4 * 1024)
     assert decoder.is_amid_message
 
 
