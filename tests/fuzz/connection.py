@@ -213,8 +213,7 @@ def _converse(
             runner.get()
         finally:
             gevent.killall([runner, listener])
-        # (What was answered and could never be sent stays counted in `in_flight`.)
-        if not _comes_true(lambda: not (connection._requests if interruption else connection.in_flight)):
+        if not _comes_true(lambda: not connection.in_flight):
             raise Finding(f"it ended with {connection.in_flight} requests in flight")
         if not connection.is_closed or connection.pending:
             raise Finding(f"it ended, {connection.is_closed=}, with {connection.pending} calls pending")

@@ -88,9 +88,9 @@ def _ends_amid(rest: bytes, max_message_size: int) -> frozenset[str]:
     if _least_size(rest, max_message_size) <= max_message_size:
         return frozenset((AMID_MESSAGE,))
     for size in range(1, min(5, len(rest) + 1)):
-        before, lead = rest[:-size], rest[-size]
-        # A header that isn't complete counts for nothing yet, whatever it begins to announce.
-        if size < _HEADER_SIZES.get(lead, 0) and _least_size(before, max_message_size) <= max_message_size:
+        lead, up_to_lead = rest[-size], rest[: len(rest) - size + 1]
+        # A header that isn't complete counts for no more than itself yet, whatever it begins to announce.
+        if size < _HEADER_SIZES.get(lead, 0) and _least_size(up_to_lead, max_message_size) <= max_message_size:
             return frozenset((AMID_MESSAGE, TOO_LARGE))
     return frozenset((TOO_LARGE,))
 
