@@ -106,10 +106,10 @@ def _relayed(result: AsyncResult[Any] | gevent.Greenlet[..., Any]) -> Reply:
     reply = Reply()
 
     def relay(result: Any) -> None:
-        if result.successful():
+        if (exc := failure_of(result)) is None:
             reply.set(result.value)
         else:
-            reply.set_exception(failure_of(result))
+            reply.set_exception(exc)
 
     result.rawlink(relay)
     return reply

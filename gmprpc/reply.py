@@ -5,14 +5,18 @@ It knows nothing of connections: whoever waits for the answer links to it, as to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from gevent import monkey
+from gevent import GreenletExit, monkey
 from gevent.event import AsyncResult
 
 from .exceptions import AlreadyAnswered, CallCancelled, ErrorResponse
+from .log import log
+
+logger = logging.getLogger("gmprpc.reply")
 
 if TYPE_CHECKING:
     _AsyncResult = AsyncResult[Any]
@@ -88,7 +92,7 @@ class Reply(_AsyncResult):
 
     def _add_cancel_callback(self, callback: Callable[[], Any]) -> None:
         if self._is_cancelled:
-            gevent.spawn(callback)
+            gevent.spawn(_call_back, callback)
         else:
             self._cancel_callbacks.append(callback)
 
@@ -98,7 +102,7 @@ class Reply(_AsyncResult):
             self._is_cancelled = True
             callbacks, self._cancel_callbacks = self._cancel_callbacks, []
             for callback in callbacks:
-                gevent.spawn(callback)
+                gevent.spawn(_call_back, callback)
 
     def expire(self, error: Any, on_late: Callable[[], Any]) -> bool:
         """Answer with ``error`` in place of whoever should have; in the hub. False if it was answered before.
@@ -145,11 +149,15 @@ class Reply(_AsyncResult):
                 loop.run_callback_threadsafe(self._on_drop)
 
 
-def failure_of(result: Any) -> BaseException:
-    """What a ``result`` that has failed, an AsyncResult or a Greenlet, has failed with."""
+def failure_of(result: Any) -> BaseException | None:
+    """What ``result``, an AsyncResult or a Greenlet that has completed, has failed with; None if it hasn't."""
+    if result.successful():
+        # To gevent a greenlet that was killed is one.
+        is_killed = issubclass(type(result), gevent.Greenlet) and issubclass(type(result.value), GreenletExit)
+        return result.value if is_killed else None
     exc = result.exception
-    # gevent's set_exception takes anything.
-    return exc if isinstance(exc, BaseException) else TypeError(f"{exc!r} is no exception")
+    # gevent's set_exception takes anything, also what can't be shown.
+    return exc if issubclass(type(exc), BaseException) else TypeError(f"{type(exc).__name__} is no exception")
 
 
 class PendingCall(_AsyncResult):
@@ -176,3 +184,14 @@ class PendingCall(_AsyncResult):
             self._forget()
         self.set_exception(CallCancelled(f"call of {self.method!r} was cancelled"))
         return True
+
+
+def _call_back(callback: Callable[[], Any]) -> None:
+    """Call a callback of :meth:`Reply.on_cancel`, in a greenlet of its own."""
+    try:
+        callback()
+    except GreenletExit:
+        raise
+    except BaseException as exc:
+        # Not by gevent's hub, which would show what the callback was made with, and end the program for a SystemExit.
+        log(logger, logging.ERROR, "a callback of on_cancel failed", exc_info=exc)

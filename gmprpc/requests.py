@@ -166,35 +166,33 @@ class Requests:
         """Count an answer that came too late to be one."""
         self._counters.dropped_answers += 1
 
-    def fail(self, msgid: int | None, method: str, params: Sequence[Any] | None, exc: BaseException) -> None:
-        """Answer that a handler raised ``exc``, then log it.
+    def fail(
+        self,
+        msgid: int | None,
+        method: str,
+        exc: BaseException,
+        function: Callable[..., Any] | None = None,
+        params: Sequence[Any] = (),
+    ) -> None:
+        """Answer that ``function``, called with ``params``, raised ``exc``, then log it.
 
-        ``params`` is None where they can't be the reason. Not in the hub, where nobody may wait for a log.
+        ``function`` is None where a wrong number of params can't be the reason. Not in the hub, where nobody may wait
+        for a log.
         """
         if isinstance(exc, AnsweredAlready):
             self.drop_late()
             if exc.__cause__ is None or isinstance(exc.__cause__, CallCancelled):
                 return
             exc, msgid = exc.__cause__, None
+        try:
+            error, is_fault = self._verdict(method, exc, function, params)
+        except BaseException as obstacle:
+            # Of what can't be asked there is still a name to tell. It may also be a kill that has struck meanwhile.
+            self.pass_on(obstacle)
+            error, is_fault = type(exc).__name__, True
         mark = ""
-        is_fault = False  # Of the handler; not of the caller, nor what the handler chose to answer.
-        error: Any
-        if isinstance(exc, UnknownMethod):
-            self._counters.unknown_methods += 1
-            error = exc.error
-        elif isinstance(exc, ErrorResponse) and _error_of(exc) is not None:
-            error = _error_of(exc)
-        elif (
-            isinstance(exc, TypeError)
-            and params is not None
-            and (mismatch := params_mismatch(method, self.methods[method], params, exc)) is not None
-        ):
-            self._counters.invalid_messages += 1
-            error = mismatch
-        else:
+        if is_fault:
             self._counters.handler_errors += 1
-            is_fault = True
-            error = text_of(exc)
             if self._hide_errors:
                 mark = f" ({token_hex(4)})"
                 error = f"internal error{mark}"
@@ -208,6 +206,36 @@ class Requests:
             peer = format_address(self.owner.peer)
             reason = shown(str(error))
             log(logger, logging.WARNING, "notification of %s from %s failed: %s", shown(method), peer, reason)
+
+    def _verdict(
+        self, method: str, exc: BaseException, function: Callable[..., Any] | None, params: Sequence[Any]
+    ) -> tuple[Any, bool]:
+        """The error to answer, and whether it is the handler's fault: not the caller's, nor what the handler chose."""
+        if isinstance(exc, UnknownMethod):
+            self._counters.unknown_methods += 1
+            return exc.error, False
+        if isinstance(exc, ErrorResponse) and (error := _error_of(exc)) is not None:
+            return error, False
+        if (
+            isinstance(exc, TypeError)
+            and function is not None
+            and (mismatch := params_mismatch(method, function, params, exc)) is not None
+        ):
+            self._counters.invalid_messages += 1
+            return mismatch, False
+        return text_of(exc), True
+
+    def pass_on(self, exc: BaseException) -> None:
+        """Pass ``exc`` on to the main greenlet if it is a Ctrl-C, which just happened to strike here."""
+        if issubclass(type(exc), KeyboardInterrupt) and _has_struck(exc):
+            self.hub.loop.run_callback(self.hub.handle_system_error, type(exc), exc)
+
+    def report(self) -> None:
+        """Show the exception that is being handled where gevent shows its own, since the log has failed."""
+        try:
+            self.hub.handle_error(self, *sys.exc_info())
+        except Exception:
+            pass  # That stream is broken, too.
 
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
         """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""
@@ -230,25 +258,24 @@ class Requests:
             self._counters.dropped_answers += msgid is not None
         elif result is None:
             exc = ErrorResponse(DROPPED_REPLY)
-        elif not result.successful():
-            exc = failure_of(result)
-        elif msgid is not None:
+        elif (exc := failure_of(result)) is None and msgid is not None:
             try:
                 self.out.append(self.encoder.response(msgid, None, result.value))
-            except Exception as packing:
+            except BaseException as packing:  # Whatever a hook of the packer raises: nothing may escape into the hub.
                 exc = packing
-        if isinstance(exc, ErrorResponse) and _error_of(exc) is not None and msgid is not None:
-            self.out.append(self.error_response(msgid, _error_of(exc)))
-        elif exc is not None:
-            # Not from here, the hub: it has to be logged.
+        if exc is not None:
+            # Not from here, the hub: it is asked for what it has to say, and perhaps logged.
             gevent.spawn(self._fail_deferred, key, msgid, method, exc)
             return
         del self.deferred[key]
         self.owner.settle_soon()
 
     def _fail_deferred(self, key: int, msgid: int | None, method: str, exc: BaseException) -> None:
+        self.pass_on(exc)
         try:
-            self.fail(msgid, method, None, exc)
+            self.fail(msgid, method, exc)
+        except BaseException:  # The answer stands by now; the log has failed.
+            self.report()
         finally:
             del self.deferred[key]
             self.owner.settle_soon()
@@ -257,8 +284,9 @@ class Requests:
         """The answer ``error``, or what can be said of one that can't be packed."""
         try:
             return self.encoder.response(msgid, error, None)
-        except Exception as exc:
-            # An object that can't be packed, or a text that isn't valid Unicode.
+        except BaseException as exc:
+            # An object that can't be packed, whatever its hook raises, or a text that isn't valid Unicode.
+            self.pass_on(exc)
             text = error if isinstance(error, str) else f"an error that can't be sent: {text_of(exc)}"
             return self.encoder.response(msgid, text.encode(errors="backslashreplace").decode(), None)
 
@@ -287,6 +315,7 @@ class RequestGreenlet(_Greenlet):
         owner, hub = requests.owner, requests.hub
         pack = requests.encoder.new_pack()
         answer: bytes | None
+        function: Callable[..., Any] | None = None
         while True:
             # Another round for a switch or a throw that was meant for an earlier request.
             while self.message is None:
@@ -303,9 +332,10 @@ class RequestGreenlet(_Greenlet):
                     continue
             _, msgid, method, params = self.message
             try:
-                result = methods[method](*params)
+                function = methods[method]
+                result = function(*params)
             except BaseException as exc:
-                self._fail(exc)
+                self._fail(exc, function)
             else:
                 try:
                     if msgid is not None:
@@ -315,34 +345,44 @@ class RequestGreenlet(_Greenlet):
                             owner.flush()
                             if len(answer) > _KEPT_SIZE:
                                 pack = requests.encoder.new_pack()
-                    elif isinstance(result, DEFERRED):
+                    elif _is_deferred(result):
                         requests.defer(None, method, result)
                 except BaseException as exc:
                     # msgpack can't pack what completes later: so nobody has to ask of every result whether it does.
-                    if isinstance(result, DEFERRED) and not isinstance(exc, GreenletExit):
+                    if _is_deferred(result) and not isinstance(exc, GreenletExit):
                         requests.defer(msgid, method, result)
                     else:
                         self._fail(exc)
-            self.message = params = result = answer = None  # They may be large, and this greenlet may rest for long.
+            self.message = params = result = answer = function = (
+                None  # They may be large, and this greenlet may rest for long.
+            )
             if not self.is_retired:
                 idle.append(self)
             if not owner.is_settling:
                 owner.settle_soon()
 
-    def _fail(self, exc: BaseException) -> None:
-        """Answer that the handler of the message raised ``exc``."""
+    def _fail(self, exc: BaseException, function: Callable[..., Any] | None = None) -> None:
+        """Answer that the handler of the message raised ``exc``; ``function`` as for :meth:`Requests.fail`."""
         assert self.message is not None
         _, msgid, method, params = self.message
         # Who is killed shall die, when it has answered.
-        self.is_retired |= isinstance(exc, GreenletExit)
-        if isinstance(exc, KeyboardInterrupt) and _has_struck(exc):
-            self.requests.hub.loop.run_callback(self.requests.hub.handle_system_error, type(exc), exc)
+        self.is_retired |= issubclass(type(exc), GreenletExit)
+        self.requests.pass_on(exc)
         try:
-            self.requests.fail(msgid, method, params, exc)
+            self.requests.fail(msgid, method, exc, function, params)
         except BaseException as log_exc:  # The answer stands by now; the log has failed, or this was killed in it.
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
-                self.requests.hub.handle_error(self, *sys.exc_info())
+                self.requests.report()
+
+    def kill(self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None) -> None:
+        """Raise ``exception`` in it, soon; see :meth:`gevent.Greenlet.kill`."""
+        # By the time that it is struck its request may have ended: it must not be at work on another one.
+        self.is_retired = True
+        if self in self.requests.idle:
+            self.requests.idle.remove(self)
+            self.requests.greenlets.discard(self)
+        super().kill(exception, block, timeout)
 
 
 def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callable[[], Any]:
@@ -357,12 +397,17 @@ def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callabl
     return call
 
 
+def _is_deferred(result: Any) -> bool:
+    """Whether a handler that returned ``result`` is to be answered later."""
+    return issubclass(type(result), DEFERRED)  # Proxies may refuse to be asked by `isinstance`.
+
+
 def _error_of(exc: ErrorResponse) -> Any:
     """What ``exc`` is to answer; None if a subclass has forgotten to say."""
     return getattr(exc, "error", None)
 
 
-def _has_struck(exc: KeyboardInterrupt) -> bool:
+def _has_struck(exc: BaseException) -> bool:
     """Whether ``exc`` comes from Ctrl-C, which struck whatever ran just then, and wasn't raised by a statement.
 
     Python's own handler of SIGINT raises between two instructions. (`serve_forever` has a handler of its own.)
@@ -381,7 +426,7 @@ def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
         return options
 
     def default_of_others(obj: Any) -> Any:
-        if isinstance(obj, DEFERRED):
+        if _is_deferred(obj):
             raise TypeError(f"can not serialize {type(obj).__name__!r} object")
         return default(obj)
 
