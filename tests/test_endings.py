@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket as stdlib_socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,39 +14,110 @@ import gevent
 import msgpack
 import pytest
 from gevent.event import Event
+from gevent.threadpool import ThreadPool
 
 import gmprpc
 
 from .helpers import Peer, wait_until
+from .programs import Program
 
 pack = msgpack.packb
 
 # Half-closes.
 
 
-def test_after_a_half_close_everything_received_is_answered(service: gmprpc.Service, server: gmprpc.Server) -> None:
+def ending_at(server: gmprpc.Server, *messages: Any) -> Peer:
+    """A peer that says ``messages``, and then no more."""
+    peer = Peer.connect(server.address)
+    peer.send(*messages)
+    peer.shutdown()
+    return peer
+
+
+@pytest.mark.usefixtures("bystander")
+def test_after_a_half_close_100_of_100_requests_are_answered(server: gmprpc.Server) -> None:
+    with ending_at(server, *([0, number, "echo", [number]] for number in range(100))) as peer:
+        assert peer.receive_rest() == [[1, number, None, number] for number in range(100)]
+
+
+@pytest.mark.usefixtures("bystander")
+def test_after_a_half_close_20_of_20_in_flight_are_answered(service: gmprpc.Service, server: gmprpc.Server) -> None:
     go = Event()
-    replies: list[gmprpc.Reply] = []
-
-    @service.method
-    def slow(number: int) -> int:
-        go.wait()
-        return number
-
-    service.reg_cb(later=lambda reply: replies.append(reply))
-    service.register(lambda: "x" * 1_000_000, "large")
-    with Peer.connect(server.address) as peer:
-        peer.send([0, 30, "later", []])
-        peer.send(*([0, number, "slow", [number]] for number in range(20)))
-        peer.send(*([0, number, "large", []] for number in range(20, 30)))
-        peer.shutdown()
-        wait_until(lambda: replies)
-        assert not replies[0].cancelled()
+    service.register(lambda number: go.wait() and number, "slow")
+    with ending_at(server, *([0, number, "slow", [number]] for number in range(20))) as peer:
+        wait_until(lambda: server.statistics()["in_flight"] == 21)
         go.set()
-        gevent.spawn(replies.pop().result, "deferred")
-        answers = peer.receive_rest()
-    assert sorted(answer[1] for answer in answers) == list(range(31))
-    assert all(answer[2] is None for answer in answers)
+        assert sorted(peer.receive_rest()) == [[1, number, None, number] for number in range(20)]
+
+
+@pytest.mark.usefixtures("bystander")
+@pytest.mark.parametrize("is_slow", [False, True], ids=["at once", "slowly"])
+def test_after_a_half_close_10_of_10_answers_of_1_mib_arrive(
+    service: gmprpc.Service, server: gmprpc.Server, is_slow: bool
+) -> None:
+    size = 1024 * 1024
+    service.register(lambda: b"x" * size, "large")
+    with ending_at(server, *([0, number, "large", []] for number in range(10))) as peer:
+        if is_slow:
+            peer.socket.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_RCVBUF, 65536)
+            # Not before everything has come to a halt does the peer begin to read.
+            wait_until(lambda: any(connection._backlog for connection in server.connections))
+            gevent.sleep(0)
+        assert [(answer[1], len(answer[3])) for answer in peer.receive_rest()] == [(n, size) for n in range(10)]
+
+
+@pytest.mark.usefixtures("bystander")
+def test_after_a_half_close_a_deferred_answer_comes_and_isnt_cancelled(
+    service: gmprpc.Service, server: gmprpc.Server
+) -> None:
+    replies: list[gmprpc.Reply] = []
+    service.reg_cb(later=replies.append)
+    with ending_at(server, [0, 1, "later", []], [0, 2, "echo", ["at once"]]) as peer:
+        assert peer.receive() == [1, 2, None, "at once"]
+        assert not replies[0].cancelled()
+        replies[0].result("deferred")
+        assert peer.receive_rest() == [[1, 1, None, "deferred"]]
+
+
+@pytest.mark.usefixtures("bystander")
+def test_after_a_half_close_a_notification_is_carried_out_before_the_end(
+    service: gmprpc.Service, server: gmprpc.Server
+) -> None:
+    go = Event()
+    service.register(go.wait, "wait")
+    with ending_at(server, [2, "wait", []]) as peer:
+        wait_until(lambda: server.statistics()["in_flight"] == 2)
+        go.set()
+        assert peer.receive_rest() == []
+
+
+@pytest.mark.usefixtures("bystander")
+def test_a_half_close_by_both_sides_loses_nothing(service: gmprpc.Service, server: gmprpc.Server) -> None:
+    go = Event()
+    service.register(lambda: go.wait() and "held", "slow")
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "slow", []])
+        wait_until(lambda: server.statistics()["in_flight"] == 2)
+        for connection in server.connections:
+            if connection.peer == peer.socket.getsockname():
+                connection.finish()
+        peer.shutdown()
+        go.set()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+
+
+@pytest.mark.usefixtures("bystander")
+def test_a_half_close_at_any_byte_answers_all_that_was_whole(server: gmprpc.Server) -> None:
+    first, second = pack([0, 1, "echo", ["first"]]), pack([0, 2, "echo", ["second"]])
+    data = first + second
+    for end in range(len(data) + 1):
+        with Peer.connect(server.address) as peer:
+            peer.send_bytes(data[:end])
+            peer.shutdown()
+            answers = [[1, 1, None, "first"], [1, 2, None, "second"]][: (end >= len(first)) + (end >= len(data))]
+            assert peer.receive_rest() == answers
+    wait_until(lambda: len(server.connections) == 1)
+    assert server.statistics()["failed_connections"] == len(data) - 2  # All but the ends between two messages.
 
 
 def test_the_end_amid_a_message_is_an_error_but_what_came_before_is_answered(service: gmprpc.Service) -> None:
@@ -123,16 +196,6 @@ def test_stop_may_be_called_by_a_handler_which_is_still_answered(
         peer.send([0, 1, "stop", []])
         assert peer.receive_rest() == [[1, 1, None, 0]]
     wait_until(lambda: not server.connections)
-
-
-def test_stop_may_be_called_by_a_hook(service: gmprpc.Service) -> None:
-    stopped: list[int] = []
-    server = gmprpc.Server(("127.0.0.1", 0), service, on_eof=lambda connection: stopped.append(server.stop()))
-    serving = gevent.spawn(server.serve_forever)
-    wait_until(lambda: server.started)
-    Peer.connect(server.address).close()
-    serving.get()
-    assert stopped == [0]
 
 
 def test_a_stop_of_which_the_caller_loses_patience_goes_on(service: gmprpc.Service) -> None:
@@ -260,3 +323,202 @@ def is_listening(address: Any) -> bool:
     except ConnectionError:
         return False
     return True
+
+
+# Stopping, from anywhere and more than once.
+
+
+def held_call(server: gmprpc.Server) -> Peer:
+    """A peer whose call is at work."""
+    peer = Peer.connect(server.address)
+    peer.send([0, 1, "hold", ["held"]])
+    wait_until(lambda: server.statistics()["in_flight"] == 1)
+    return peer
+
+
+def test_stop_may_be_called_twice_and_at_once_by_many(service: gmprpc.Service, server: gmprpc.Server) -> None:
+    with held_call(server) as peer:
+        stopping = [gevent.spawn(server.stop) for _ in range(5)]
+        wait_until(lambda: not server.started)
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    assert [one.get() for one in stopping] == [0] * 5
+    assert server.stop() == 0
+
+
+def test_a_stop_with_less_patience_cuts_one_with_more_short(server: gmprpc.Server) -> None:
+    with held_call(server) as peer:
+        patient = gevent.spawn(server.stop, None)
+        wait_until(lambda: not server.started)
+        assert server.stop(0) == 1
+        assert peer.receive_rest() == []
+    assert patient.get() == 0  # It was the other one that cut.
+
+
+@pytest.mark.parametrize("style", ["function", "callback", "notification", "spawned by one"])
+def test_stop_may_be_called_by_any_kind_of_handler(service: gmprpc.Service, style: str) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    stopped: list[int] = []
+
+    def stop(*_: Any) -> None:
+        stopped.append(server.stop())
+
+    @service.method
+    def function() -> str:
+        stop()
+        return "stopped"
+
+    @service.method(deferred=True)
+    def callback(reply: gmprpc.Reply) -> None:
+        stop()
+        reply.result("stopped")
+
+    service.register(lambda: gevent.spawn(stop) and "stopped", "spawned by one")
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    with held_call(server) as other, Peer.connect(server.address) as peer:
+        if style == "notification":
+            peer.send([2, "function", []])
+            assert peer.receive_rest() == []
+        else:
+            peer.send([0, 1, style, []])
+            assert peer.receive_rest() == [[1, 1, None, "stopped"]]
+        service.methods["release"]()
+        assert other.receive_rest() == [[1, 1, None, "held"]]
+    serving.get()
+    wait_until(lambda: stopped)
+    assert stopped == [0]
+
+
+@pytest.mark.parametrize("hook", ["on_accept", "on_dispatch", "on_eof", "on_error"])
+def test_stop_may_be_called_by_every_hook(service: gmprpc.Service, hook: str) -> None:
+    stopped: list[int] = []
+    server: gmprpc.Server
+    options: dict[str, Any] = {hook: lambda *_: stopped.append(server.stop())}
+    server = gmprpc.Server(("127.0.0.1", 0), service, **options)
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "echo", ["answered"]])
+        if hook == "on_error":
+            peer.send_bytes(b"\xc1")
+        peer.shutdown()
+        assert peer.receive_rest() == [[1, 1, None, "answered"]]
+    serving.get()
+    assert stopped[0] == 0
+
+
+def test_what_is_sent_during_the_stop_is_not_carried_out_and_whole_answers_come(
+    service: gmprpc.Service, server: gmprpc.Server
+) -> None:
+    with held_call(server) as peer:
+        stopping = gevent.spawn(server.stop)
+        wait_until(lambda: not server.started)
+        (connection,) = server.connections
+        wait_until(lambda: not connection._is_reading)
+        peer.send(*([0, number, "echo", ["late"]] for number in range(2, 100)))
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    assert stopping.get() == 0
+
+
+def test_connections_that_wait_to_be_accepted_are_served_at_the_stop(server: gmprpc.Server) -> None:
+    # Nothing of the server runs between these lines: all of them wait in the kernel when it is told to stop.
+    peers = []
+    for number in range(50):
+        sock = stdlib_socket.create_connection(server.address)
+        sock.sendall(pack([0, number, "echo", [number]]))
+        peers.append(Peer(gevent.socket.socket(fileno=sock.detach())))
+    assert not server.connections
+    assert server.stop() == 0
+    for number, peer in enumerate(peers):
+        assert peer.receive_rest() == [[1, number, None, number]]
+        peer.close()
+
+
+def test_another_thread_may_have_the_loop_stop_the_server(service: gmprpc.Service, server: gmprpc.Server) -> None:
+    pool = ThreadPool(1)
+    loop = gevent.get_hub().loop
+    with held_call(server) as peer:
+        pool.spawn(lambda: loop.run_callback_threadsafe(gevent.spawn, server.stop)).get()
+        wait_until(lambda: not server.started)
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    wait_until(lambda: not server.connections)
+    pool.kill()
+
+
+# Signals.
+
+SIGNALLED = """
+import gevent, gmprpc, signal, sys
+server = gmprpc.Server(("127.0.0.1", 0))
+kept = []
+
+@server.method
+def slow(value):
+    gevent.sleep(float(value))
+    return value
+
+@server.method
+def burn():
+    end = __import__("time").monotonic() + 0.3
+    print("burning", flush=True)
+    while __import__("time").monotonic() < end:
+        pass
+    return "burnt"
+
+@server.method(deferred=True)
+def later(reply, value):
+    gevent.spawn_later(float(value), reply.result, value)
+
+@server.method
+def at_work():
+    return server.statistics()["in_flight"] - 1
+
+server.start()
+if sys.argv[1] == "python":
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    signal.signal(signal.SIGINT, lambda *_: server.stop())
+elif sys.argv[1] == "gevent":
+    gevent.signal_handler(signal.SIGTERM, server.stop)
+    gevent.signal_handler(signal.SIGINT, server.stop)
+print(server.server_port, flush=True)
+if sys.argv[1] == "serve_forever":
+    server.serve_forever()
+else:
+    server._stopped.wait()
+print("stopped", flush=True)
+"""
+
+
+@pytest.fixture(params=["serve_forever", "gevent"])
+def signalled(request: pytest.FixtureRequest) -> Iterator[Program]:
+    """A program that stops its server when a signal comes, in one of the ways that there are."""
+    with Program(sys.executable, "-c", SIGNALLED, request.param) as program:
+        yield program
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("method", ["slow", "later"])
+def test_a_signal_loses_none_of_100_calls_at_work(signalled: Program, signum: signal.Signals, method: str) -> None:
+    with Peer.connect(("127.0.0.1", int(signalled.line()))) as peer:
+        peer.send(*([0, number, method, ["0.3"]] for number in range(100)))
+        assert peer.call("at_work", msgid=1000) == [1, 1000, None, 100]
+        os.kill(signalled.pid, signum)
+        assert sorted(answer[1] for answer in peer.receive_rest()) == list(range(100))
+    assert signalled.lines() == ["stopped"]
+    assert signalled.wait() == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_strikes_while_a_handler_computes_loses_no_call(
+    signalled: Program, signum: signal.Signals
+) -> None:
+    with Peer.connect(("127.0.0.1", int(signalled.line()))) as peer:
+        peer.send([0, 1, "slow", ["0.1"]], [0, 2, "burn", []])
+        assert signalled.line() == "burning"
+        os.kill(signalled.pid, signum)
+        assert sorted(answer[1] for answer in peer.receive_rest()) == [1, 2]
+    assert signalled.lines() == ["stopped"]
+    assert signalled.wait() == 0
