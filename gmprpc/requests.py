@@ -17,7 +17,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import gevent
-from gevent import Greenlet, GreenletExit
+from gevent import Greenlet, GreenletExit, getcurrent
 from gevent.event import AsyncResult
 
 from .calls import switch
@@ -383,6 +383,13 @@ class RequestGreenlet(_Greenlet):
             self.requests.idle.remove(self)
             self.requests.greenlets.discard(self)
         super().kill(exception, block, timeout)
+
+
+def current_requests() -> Requests:
+    """Those among which this greenlet carries out one."""
+    request = getcurrent()
+    assert isinstance(request, RequestGreenlet)
+    return request.requests
 
 
 def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callable[[], Any]:

@@ -15,6 +15,7 @@ from .log import log
 from .methods import Handler, Methods, MethodTable, Wrapper
 from .metrics import Counters
 from .options import ConnectionOptions
+from .requests import current_requests
 from .transport import PlainStream, peer_of
 
 logger = logging.getLogger("gmprpc.service")
@@ -136,6 +137,7 @@ def _deferred(callback: Handler) -> Handler:
         except BaseException as exc:
             if reply is None or not reply.answered():
                 raise
+            current_requests().pass_on(exc)
             log(logger, logging.ERROR, "%s raised after it had answered", current_call().method, exc_info=exc)
         if reply is None:
             return None

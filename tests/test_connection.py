@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -501,15 +500,6 @@ def test_a_batch_may_end_on_any_message(pair: Pair, count: int) -> None:
     pair.peer.send(*([0, number, "echo", [number]] for number in range(count)))
     assert [pair.peer.receive()[1] for _ in range(count)] == list(range(count))
     assert pair.peer.call("echo", "next") == [1, 0, None, "next"]
-
-
-def test_a_reset_at_any_byte_of_a_request_hurts_nobody(server: gmprpc.Server, bystander: Peer) -> None:
-    data = msgpack.packb([0, 1, "echo", ["hello"]])
-    for end in range(len(data) + 1):
-        with Peer.connect(server.address) as peer:
-            peer.send_bytes(data[:end])
-            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_until(lambda: len(server.connections) == 1)
 
 
 def test_the_peers_name_stands_in_every_log_line(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
