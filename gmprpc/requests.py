@@ -179,7 +179,7 @@ class Requests:
         ``function`` is None where a wrong number of params can't be the reason. Not in the hub, where nobody may wait
         for a log.
         """
-        if isinstance(exc, AnsweredAlready):
+        if issubclass(type(exc), AnsweredAlready):
             self.drop_late()
             if exc.__cause__ is None or isinstance(exc.__cause__, CallCancelled):
                 return

@@ -134,7 +134,7 @@ def test_1000_resets_leave_nothing_behind(server: gmprpc.Server) -> None:
             reset(peer)
             if not number % 20:
                 gevent.sleep(0)
-        wait_until(lambda: len(server.connections) == 1 and len(server._handlers) == 1)
+        wait_until(lambda: len(server.connections) == 1 and len(server._greenlets) == 1)
 
     wait_until(lambda: len(server.connections) == 1)
     connect_and_reset(20)
@@ -241,7 +241,7 @@ def test_a_log_that_fails_leaks_no_connection_whose_hook_has_failed(service: gmp
             if hook != "on_accept":
                 peer.shutdown()
             assert peer.receive_rest() == []
-        wait_until(lambda: not server._handlers)
+        wait_until(lambda: not server._greenlets)
         assert descriptors() == before
 
 
@@ -255,7 +255,7 @@ def test_a_log_that_fails_leaks_no_connection_whose_handshake_has_failed(service
             peer.send_bytes(b"GET / HTTP/1.1\r\n\r\n")
             while peer.socket.recv(100):  # The alert that says why.
                 pass
-        wait_until(lambda: not server._handlers)
+        wait_until(lambda: not server._greenlets)
         assert descriptors() == before
 
 
