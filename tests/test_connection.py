@@ -277,6 +277,30 @@ def test_what_is_written_to_a_peer_that_has_gone_ends_the_connection(service: gm
     assert pair.counters.failed_connections == 1
 
 
+def test_a_stream_that_takes_nothing_for_a_moment_is_written_to_later(service: gmprpc.Service) -> None:
+    # The kernel may be just full, and may wake up who waits for nothing.
+    refusals = [1, 1, 0, 1, 1, 1]
+    ours, theirs = socket.socketpair()
+    stream = PlainStream(ours)
+    send = stream.send
+
+    def choosy(data: Any) -> int:
+        if refusals and refusals.pop():
+            raise BlockingIOError
+        return send(data)
+
+    stream.send = choosy  # type: ignore[assignment]
+    connection = Connection(stream, service.table(), ConnectionOptions(), counters=Counters())
+    life = gevent.spawn(connection.run)
+    peer = Peer(theirs)
+    assert peer.call("echo", "first") == [1, 0, None, "first"]
+    assert peer.call("echo", "second") == [1, 0, None, "second"]
+    assert not refusals
+    assert not connection._write_deadline.is_set
+    peer.close()
+    life.join()
+
+
 # Time-outs.
 
 
@@ -339,6 +363,15 @@ def test_an_idle_connection_ends_in_good_order_and_one_at_work_is_not_idle(servi
     assert pair.peer.receive_rest() == [[1, 1, None, "held"]]
     pair.close()
     assert pair.life.get() is None
+
+
+def test_the_idle_time_counts_from_the_last_call(service: gmprpc.Service) -> None:
+    pair = Pair(service, idle_timeout=0.1)
+    for _ in range(8):
+        gevent.sleep(0.02)
+        assert pair.peer.call("echo", "not idle") == [1, 0, None, "not idle"]
+    assert pair.peer.receive_rest() == []
+    pair.close()
 
 
 # Ends.
@@ -493,6 +526,12 @@ def test_a_reason_that_cant_be_sent_as_it_is_is_sent_all_the_same(service: gmprp
     assert pair.peer.receive() == [1, 1, "can't be decoded: ValueError: \\udc80", None]
     assert pair.peer.receive() == [1, 2, None, "next"]
     pair.close()
+
+
+def test_an_answer_that_cant_be_decoded_and_that_nobody_waits_for_is_counted(pair: Pair) -> None:
+    pair.peer.send_bytes(b"\x94\x01\x63\xc0\xa2\xff\xfe")
+    assert pair.peer.call("echo", "next") == [1, 0, None, "next"]
+    assert pair.counters.invalid_messages == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 99, 100, 101, 250])

@@ -492,7 +492,7 @@ print("stopped", flush=True)
 """
 
 
-@pytest.fixture(params=["serve_forever", "gevent"])
+@pytest.fixture(params=["serve_forever", "gevent", "python"])
 def signalled(request: pytest.FixtureRequest) -> Iterator[Program]:
     """A program that stops its server when a signal comes, in one of the ways that there are."""
     with Program(sys.executable, "-c", SIGNALLED, request.param) as program:

@@ -110,14 +110,49 @@ def test_a_greenlet_that_is_killed_answers_an_error_and_ends(service: gmprpc.Ser
     assert peer.call("echo", 1) == [1, 0, None, 1]
 
 
-def test_an_idle_greenlet_that_is_killed_ends_and_takes_no_request_along(service: gmprpc.Service, peer: Peer) -> None:
+@pytest.mark.parametrize("kill", [lambda greenlet: greenlet.kill(), lambda greenlet: gevent.killall([greenlet])])
+def test_an_idle_greenlet_that_is_killed_ends_and_takes_no_request_along(
+    service: gmprpc.Service, peer: Peer, kill: Any
+) -> None:
     used: list[Any] = []
     service.register(lambda: used.append(gevent.getcurrent()), "note")
     peer.call("note")
-    used[0].kill()
+    kill(used[0])
     assert used[0].dead
     peer.call("note")
     assert used[1] is not used[0]
+
+
+def test_a_greenlet_that_is_killed_while_it_logs_has_answered(
+    service: gmprpc.Service, server: gmprpc.Server, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging_: list[Any] = []
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logging_.append(gevent.getcurrent())
+            gevent.sleep(1000)
+
+    monkeypatch.setattr(logging.getLogger("gmprpc.connection"), "handlers", [Slow()])
+    peer.send([0, 1, "fail", ["oops"]])
+    wait_until(lambda: logging_)
+    gevent.killall(logging_)
+    assert peer.receive() == [1, 1, "ValueError: oops", None]
+    assert peer.call("echo", "next") == [1, 0, None, "next"]
+    assert server.statistics()["in_flight"] == 0
+
+
+def test_an_async_result_may_be_completed_by_a_native_thread(service: gmprpc.Service, peer: Peer) -> None:
+    pool = ThreadPool(1)
+
+    @service.method
+    def later(value: int) -> AsyncResult[int]:
+        made: AsyncResult[int] = AsyncResult()
+        pool.spawn(made.set, value)
+        return made
+
+    assert peer.call("later", 5) == [1, 0, None, 5]
+    pool.kill()
 
 
 def test_a_connection_that_goes_quiet_gives_greenlets_back(

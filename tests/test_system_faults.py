@@ -229,7 +229,7 @@ def test_a_log_that_fails_keeps_no_callback_of_on_cancel_from_being_called(
 
 
 @pytest.mark.usefixtures("broken_log")
-@pytest.mark.parametrize("hook", ["on_accept", "on_dispatch", "on_eof"])
+@pytest.mark.parametrize("hook", ["on_accept", "on_dispatch", "on_eof", "on_error"])
 def test_a_log_that_fails_leaks_no_connection_whose_hook_has_failed(service: gmprpc.Service, hook: str) -> None:
     options: dict[str, Any] = {hook: lambda *_: 1 / 0}
     with gmprpc.Server(("127.0.0.1", 0), service, **options) as server:
@@ -238,6 +238,8 @@ def test_a_log_that_fails_leaks_no_connection_whose_hook_has_failed(service: gmp
         with Peer.connect(server.address) as peer:
             if hook == "on_dispatch":
                 assert peer.call("echo", 1) == [1, 0, "ZeroDivisionError: division by zero", None]
+            elif hook == "on_error":
+                peer.send_bytes(b"\x94")
             if hook != "on_accept":
                 peer.shutdown()
             assert peer.receive_rest() == []
@@ -257,6 +259,41 @@ def test_a_log_that_fails_leaks_no_connection_whose_handshake_has_failed(service
                 pass
         wait_until(lambda: not server._greenlets)
         assert descriptors() == before
+
+
+@pytest.mark.usefixtures("broken_log")
+@pytest.mark.parametrize("data, error", [(b"\xc1", "ProtocolError"), (b"\x94", "ConnectionClosed")])
+def test_a_log_that_fails_leaks_no_connection_that_ends_with_an_error(
+    service: gmprpc.Service, data: bytes, error: str
+) -> None:
+    errors: list[str] = []
+
+    def on_error(connection: gmprpc.Connection, exc: Exception) -> None:
+        errors.append(type(exc).__name__)
+
+    with gmprpc.Server(("127.0.0.1", 0), service, on_error=on_error) as server:
+        before = descriptors()
+        with Peer.connect(server.address) as peer:
+            peer.send([0, 1, "echo", ["answered"]])
+            peer.send_bytes(data)
+            peer.shutdown()
+            assert peer.receive_rest() == [[1, 1, None, "answered"]]
+        wait_until(lambda: not server._greenlets)
+        assert descriptors() == before
+    assert errors == [error]
+
+
+@pytest.mark.usefixtures("broken_log")
+def test_a_log_that_fails_keeps_no_server_from_stopping(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "hold", ["cut"]])
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        assert server.stop(0) == 1
+        assert peer.receive_rest() == []
+    serving.get(timeout=5)
 
 
 # Clocks that jump.
