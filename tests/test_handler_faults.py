@@ -1013,6 +1013,7 @@ def test_a_handler_that_breaks_the_standard_streams_is_answered(
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     # Neither the log nor gevent can say anything now.
     monkeypatch.delattr(gevent.get_hub(), "handle_error")
+    monkeypatch.setitem(vars(gevent.get_hub()), "exception_stream", Broken())
     handler = logging.StreamHandler(Broken())
     logger = logging.getLogger("gmprpc")
     logger.addHandler(handler)
