@@ -11,6 +11,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from secrets import token_hex
@@ -232,10 +233,8 @@ class Requests:
 
     def report(self) -> None:
         """Show the exception that is being handled where gevent shows its own, since the log has failed."""
-        try:
+        with suppress(Exception):  # That stream may be broken, too.
             self.hub.handle_error(self, *sys.exc_info())
-        except Exception:
-            pass  # That stream is broken, too.
 
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
         """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""
@@ -332,8 +331,7 @@ class RequestGreenlet(_Greenlet):
                     continue
             _, msgid, method, params = self.message
             try:
-                function = methods[method]
-                result = function(*params)
+                result = (function := methods[method])(*params)
             except BaseException as exc:
                 self._fail(exc, function)
             else:

@@ -401,6 +401,19 @@ def test_a_native_thread_may_ask_to_be_called_back() -> None:
 # Calls.
 
 
+def test_an_answer_from_a_thread_may_come_just_before_it_is_too_late() -> None:
+    class Meanwhile(list[Any]):
+        def append(self, item: Any) -> None:
+            super().append(item)
+            reply.result("just in time")
+
+    reply = Reply()
+    reply._right_to_be_late = Meanwhile()
+    assert reply.expire("too late", lambda: None) is False
+    assert reply.get() == "just in time"
+    assert not reply._right_to_be_late
+
+
 def test_a_pending_call_has_its_outcome() -> None:
     call = PendingCall("m")
     assert call.method == "m"

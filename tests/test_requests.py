@@ -6,6 +6,7 @@ import contextvars
 import functools
 import logging
 import signal
+import threading
 import weakref
 from typing import Any
 
@@ -143,16 +144,13 @@ def test_a_greenlet_that_is_killed_while_it_logs_has_answered(
 
 
 def test_an_async_result_may_be_completed_by_a_native_thread(service: gmprpc.Service, peer: Peer) -> None:
-    pool = ThreadPool(1)
-
     @service.method
     def later(value: int) -> AsyncResult[int]:
         made: AsyncResult[int] = AsyncResult()
-        pool.spawn(made.set, value)
+        threading.Thread(target=made.set, args=(value,)).start()
         return made
 
     assert peer.call("later", 5) == [1, 0, None, 5]
-    pool.kill()
 
 
 def test_a_connection_that_goes_quiet_gives_greenlets_back(
@@ -498,3 +496,44 @@ def test_a_ctrl_c_that_strikes_a_handler_is_not_the_handlers(service: gmprpc.Ser
     with pytest.raises(KeyboardInterrupt):
         peer.receive()
     assert peer.receive() == [1, 1, "KeyboardInterrupt", None]
+
+
+def test_where_sigint_means_something_else_no_interrupt_is_passed_on(
+    service: gmprpc.Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed_on: list[Any] = []
+    monkeypatch.setattr(gevent.get_hub(), "handle_system_error", lambda *args: passed_on.append(args))
+
+    def compute() -> None:
+        gevent.getcurrent().throw(KeyboardInterrupt)  # No statement raises it.
+
+    service.register(compute)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert peer.call("compute") == [1, 0, "KeyboardInterrupt", None]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not passed_on
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_log_that_is_ended_while_it_writes_costs_no_answer(
+    service: gmprpc.Service, peer: Peer, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    class Late(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise gevent.Timeout(5)
+
+    errors: list[Any] = []
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda context, kind, exc, traceback: errors.append(kind))
+    monkeypatch.setattr(logging.getLogger("gmprpc.connection"), "handlers", [Late()])
+
+    @service.method(deferred=True)
+    def refuse(reply: gmprpc.Reply) -> None:
+        if not later:
+            raise ValueError("oops")
+        reply.set_exception(ValueError("oops"))
+
+    assert peer.call("refuse") == [1, 0, "ValueError: oops", None]
+    assert peer.call("echo", "next") == [1, 0, None, "next"]
+    assert errors == [gevent.Timeout]
