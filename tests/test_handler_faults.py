@@ -1063,6 +1063,62 @@ def test_calls_that_are_at_work_end_as_they_began_when_their_method_is_replaced(
 HOOKS = ("on_accept", "on_dispatch", "on_eof", "on_error")
 
 
+#: What a hook does, and the error that answers a call if it is on_dispatch.
+HOOK_FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "raises": (raising(lambda: ValueError("oops")), "ValueError: oops"),
+    "exits": (lambda: sys.exit(3), "SystemExit: 3"),
+    "interrupts": (raising(KeyboardInterrupt), "KeyboardInterrupt"),
+    "times out": (time_out, "Timeout: 0 seconds"),
+    "raises a BaseException": (raising(lambda: BaseException("base")), "BaseException: base"),
+    "stops an iteration": (raising(StopIteration), "StopIteration"),
+    "raises what can't be told": (raising(lambda: Unspeakable(ValueError)), "Unspeakable"),
+    "kills itself": (kill_itself, "GreenletExit"),
+    "is over at once": (exit_itself, "GreenletExit"),
+}
+
+
+@pytest.mark.parametrize("fault, error", HOOK_FAULTS.values(), ids=HOOK_FAULTS.keys())
+@pytest.mark.parametrize("has_blocked", [False, True], ids=["at once", "after blocking"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_at_fault_hurts_nobody_else(
+    service: gmprpc.Service,
+    caplog: pytest.LogCaptureFixture,
+    hook: str,
+    fault: Callable[[], Any],
+    error: str,
+    has_blocked: bool,
+) -> None:
+    caplog.set_level(logging.WARNING, "gmprpc.server")
+    is_at_fault = True
+
+    def at_fault(*_: Any) -> None:
+        if is_at_fault:
+            if has_blocked:
+                gevent.sleep(0)
+            fault()
+
+    options: dict[str, Any] = {hook: at_fault}
+    with gmprpc.Server(("127.0.0.1", 0), service, **options) as server:
+        with Peer.connect(server.address) as peer:
+            if hook == "on_accept":
+                assert peer.receive_rest() == []  # It is refused.
+            elif hook == "on_dispatch":
+                peer.send([2, "echo", [SECRET]])
+                assert peer.call("echo", SECRET) == [1, 0, error, None]
+            else:
+                peer.send_bytes(b"" if hook == "on_eof" else b"\xc1")
+                peer.shutdown()
+                assert peer.receive_rest() == []
+        wait_until(lambda: not server._greenlets and not server.connections)
+        is_at_fault = False
+        with Peer.connect(server.address) as peer:
+            assert peer.call("echo", "next") == [1, 0, None, "next"]
+    if hook != "on_dispatch":
+        of_hooks = [record for record in caplog.records if record.name == "gmprpc.server"]
+        # Who ends its own greenlet meant to.
+        assert len(of_hooks) == (error != "GreenletExit")
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_that_blocks_holds_up_nobody_else(service: gmprpc.Service, hook: str) -> None:
     go = Event()
