@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, Self
 
 import gevent
-from gevent import Greenlet
+from gevent import Greenlet, GreenletExit
 from gevent.event import AsyncResult
 
 from .connection import Connection
@@ -335,7 +335,9 @@ class Client:
         if self._on_error is not None:
             try:
                 self._on_error(self, exc)
-            except Exception as failure:
+            except GreenletExit:
+                raise
+            except BaseException as failure:  # Also SystemExit, which would end the program.
                 log(logger, logging.ERROR, "the hook %r failed", self._on_error, exc_info=failure)
 
     def _fail_queue(self, exc: Exception) -> None:

@@ -361,12 +361,7 @@ class Connection:
             self._loop.run_callback(self._settle)
             self._loop.run_callback(self._on_readable)
             self._idle_deadline.put_off()
-            # Not for an event: the stack that waits for one is kept for as long as the connection lives, and is 1 KiB
-            # larger. Any switch but that of `_wake` is a stray.
-            self._life = getcurrent()
-            while self._phase < _CLOSED:
-                switch(self._hub)
-            self._life = None
+            self._sleep()
         except BaseException:  # This greenlet is killed.
             self._life = None
             self.abort()
@@ -385,6 +380,16 @@ class Connection:
         else:
             self._stream.finish(last_words, linger=not self._is_cut)
         return error
+
+    def _sleep(self) -> None:
+        """Wait until the connection is closed; in the greenlet that is its life.
+
+        Not for an event: the stack that waits for one is 1 KiB larger, and is kept for as long as the connection lives.
+        """
+        self._life = getcurrent()
+        while self._phase < _CLOSED:  # Any switch but that of `_wake` is a stray.
+            switch(self._hub)
+        self._life = None
 
     # Reading, in the hub.
 
@@ -416,8 +421,8 @@ class Connection:
 
     def _carry_on(self) -> None:
         """Carry out the messages that were read: the one loop of the program."""
-        if (inbox := self._inbox) is None:
-            return
+        inbox = self._inbox
+        assert inbox is not None
         if not self._is_awake:
             self._is_awake = True
             Sweeper.of(self._hub).watch(self)
@@ -708,10 +713,10 @@ class Connection:
 
     def _wake(self) -> None:
         """Let those go on who wait for the end; in the hub."""
-        if self._life is not None:
-            self._life.switch()
         if self._over is not None:
             self._over.set()
+        if self._life is not None:
+            self._life.switch()
 
     def _clear_away(self) -> None:
         """When the connection has ended: let go of everybody who waits for something, and of what is held; in the hub.

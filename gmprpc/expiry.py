@@ -18,7 +18,7 @@ from .exceptions import CallCancelled
 from .log import log_soon
 from .methods import Handler
 from .reply import Reply, failure_of
-from .requests import DEFERRED, AnsweredAlready, RequestGreenlet
+from .requests import AnsweredAlready, RequestGreenlet, is_deferred
 from .transport import format_address
 
 logger = logging.getLogger("gmprpc.connection")
@@ -47,7 +47,7 @@ def expiring(timeout: float, function: Handler) -> Handler:
             raise
         if expiry.has_passed:
             raise AnsweredAlready
-        if isinstance(result, DEFERRED):
+        if is_deferred(result):
             return expiry.watch(result)
         expiry.lift()
         return result

@@ -343,17 +343,16 @@ class RequestGreenlet(_Greenlet):
                             owner.flush()
                             if len(answer) > _KEPT_SIZE:
                                 pack = requests.encoder.new_pack()
-                    elif _is_deferred(result):
+                    elif is_deferred(result):
                         requests.defer(None, method, result)
                 except BaseException as exc:
                     # msgpack can't pack what completes later: so nobody has to ask of every result whether it does.
-                    if _is_deferred(result) and not isinstance(exc, GreenletExit):
+                    if is_deferred(result) and not isinstance(exc, GreenletExit):
                         requests.defer(msgid, method, result)
                     else:
                         self._fail(exc)
-            self.message = params = result = answer = function = (
-                None  # They may be large, and this greenlet may rest for long.
-            )
+            # They may be large, and this greenlet may rest for long.
+            self.message = params = result = answer = function = None
             if not self.is_retired:
                 idle.append(self)
             if not owner.is_settling:
@@ -402,7 +401,7 @@ def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callabl
     return call
 
 
-def _is_deferred(result: Any) -> bool:
+def is_deferred(result: Any) -> bool:
     """Whether a handler that returned ``result`` is to be answered later."""
     return issubclass(type(result), DEFERRED)  # Proxies may refuse to be asked by `isinstance`.
 
@@ -431,7 +430,7 @@ def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
         return options
 
     def default_of_others(obj: Any) -> Any:
-        if _is_deferred(obj):
+        if is_deferred(obj):
             raise TypeError(f"can not serialize {type(obj).__name__!r} object")
         return default(obj)
 

@@ -13,6 +13,7 @@ from functools import partial, wraps
 from typing import Any, Self
 
 import gevent
+from gevent import GreenletExit
 from gevent.event import Event
 
 from .acceptor import Acceptor, ConnectionGreenlets
@@ -393,7 +394,9 @@ class Server(Registry):
         """What ``hook`` returns; what it raises is logged, and it is as if it had returned ``failed``."""
         try:
             return hook(*args)
-        except Exception as exc:
+        except GreenletExit:  # The greenlet of the connection is killed.
+            raise
+        except BaseException as exc:  # Also SystemExit, which would go to the main greenlet and end the program.
             log(logger, logging.ERROR, "the hook %r failed", hook, exc_info=exc)
             return failed
 

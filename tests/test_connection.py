@@ -13,9 +13,11 @@ from gevent import socket
 from gevent.event import Event
 
 import gmprpc
+from gmprpc import connection
 from gmprpc.connection import Connection
 from gmprpc.metrics import Counters
 from gmprpc.options import ConnectionOptions
+from gmprpc.protocol import Decoder
 from gmprpc.transport import PlainStream
 
 from .helpers import Peer, wait_until
@@ -563,3 +565,64 @@ def test_reading_goes_on_while_handlers_block(service: gmprpc.Service, pair: Pai
     assert pair.peer.call("echo", "read", msgid=999) == [1, 999, None, "read"]
     service.methods["release"]()
     assert sorted(pair.peer.receive()[1] for _ in range(200)) == list(range(200))
+
+
+# What only happens at fork, at exit, and by bad luck.
+
+
+def test_a_connection_that_is_abandoned_ends_quietly_here(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    pair = Pair(service)
+    pair.peer.send([0, 1, "hold", [1]])
+    wait_until(lambda: pair.connection.in_flight == 1)
+    call = pair.connection.call_async("never")
+    connection._abandon_all()
+    assert pair.connection.is_closed
+    assert isinstance(pair.life.get(), gevent.GreenletExit)
+    with pytest.raises(gmprpc.ConnectionClosed) as info:
+        call.get()
+    assert "the process which this one was forked off from" in str(info.value.__cause__)
+    service.methods["release"]()
+    wait_until(lambda: pair.counters.dropped_answers == 1)
+    pair.connection.abandon()  # Once more does nothing.
+    assert not caplog.records
+    # Another process would hold the other end open; here it is the last.
+    assert [message[2] for message in pair.peer.receive_rest()] == ["never"]
+    pair.close()
+
+
+def test_at_exit_what_is_held_back_is_written(pair: Pair) -> None:
+    pair.connection.is_settling = True  # Somebody else will write it; but at exit nobody does.
+    pair.connection.notify("last words")
+    connection._flush_all()
+    assert pair.peer.receive() == [2, "last words", []]
+
+
+def test_who_waits_for_a_connection_that_has_ended_waits_for_nothing(pair: Pair) -> None:
+    waiting = gevent.spawn(pair.connection.wait)
+    gevent.sleep(0)
+    pair.connection.close()
+    assert waiting.get() is True
+    assert pair.connection.wait() is True
+
+
+def test_a_ctrl_c_amid_decoding_ends_the_connection(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    feed = Decoder.feed
+
+    def struck(decoder: Decoder, data: bytes) -> Iterator[Any]:
+        yield from feed(decoder, data)
+        if decoder is pair.connection._decoder:
+            raise KeyboardInterrupt
+
+    hub = gevent.get_hub()
+    system_errors: list[Any] = []
+    monkeypatch.setattr(hub, "handle_system_error", lambda *args: system_errors.append(args[0]))
+    monkeypatch.setattr(Decoder, "feed", struck)
+    pair.peer.send([0, 1, "echo", ["before"]])
+    error = pair.life.get()
+    assert str(error) == "connection lost: interrupted while decoding"
+    assert system_errors == [KeyboardInterrupt]

@@ -68,5 +68,5 @@ class Full(io.TextIOBase):
 @pytest.mark.usefixtures("broken_log")
 def test_standard_error_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full())
-    monkeypatch.setattr(gevent.get_hub(), "exception_stream", Full())
+    monkeypatch.setitem(vars(gevent.get_hub()), "exception_stream", Full())
     log(logger, logging.WARNING, "lost")
