@@ -92,7 +92,8 @@ class Encoder:
     def new_pack(self) -> Callable[[list[Any]], bytes]:
         """A function that packs one message as a list, for one greenlet: a hook that it calls may switch to another."""
         options: dict[str, Any] = {"datetime": True, "buf_size": self._INITIAL_SIZE, **self._options}
-        return Packer(**options).pack
+        pack = Packer(**options).pack
+        return pack if options.get("default") is None else _verified(pack)
 
     def request(self, msgid: int, method: str, params: Sequence[Any]) -> bytes:
         """The bytes of ``[0, msgid, method, params]``."""
@@ -117,6 +118,30 @@ class Encoder:
         data = pack(message)
         self._pack = pack
         return data
+
+
+def _verified(pack: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """``pack``, which raises ValueError where it hasn't packed one whole message.
+
+    A ``default`` hook may change, or let others change, the list that is being packed, of which the length has been
+    written: the peer would take what comes next for its rest. (Without a hook nobody can: it costs 1 µs.)
+    """
+
+    def pack_verified(message: Any) -> bytes:
+        data = pack(message)
+        framer = Unpacker(read_size=len(data), max_buffer_size=0)
+        framer.feed(data)
+        try:
+            framer.skip()
+        except (OutOfData, ValueError):
+            size = 0
+        else:
+            size = framer.tell()
+        if size != len(data):
+            raise ValueError("what was to be packed has changed meanwhile")
+        return data
+
+    return pack_verified
 
 
 class Decoder:

@@ -686,6 +686,25 @@ def test_nothing_large_is_kept_by_a_decoder_that_is_told_to_release() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("change", [list.clear, lambda items: items.append(4), lambda items: items.pop()])
+def test_what_changes_while_it_is_packed_is_no_message(change: Callable[[list[Any]], Any]) -> None:
+    items: list[Any] = [object(), 2, 3]
+
+    def default(obj: Any) -> Any:
+        change(items)
+        return "replaced"
+
+    encoder = Encoder({"default": default})
+    with pytest.raises(ValueError, match="has changed meanwhile"):
+        encoder.response(1, None, items)
+    assert encoder.response(1, None, [[1], "x"]) == b"\x94\x01\x01\xc0\x92\x91\x01\xa1x"
+
+
+def test_what_a_default_hook_replaces_is_packed_as_it_is() -> None:
+    encoder = Encoder({"default": lambda obj: {"a": [1, {}]}})
+    assert msgpack.unpackb(encoder.response(1, None, [object()] * 3)) == [1, 1, None, [{"a": [1, {}]}] * 3]
+
+
 def test_nothing_large_is_kept_by_an_encoder_that_is_told_to_release() -> None:
     params = ["x" * 500_000]
     encoder = Encoder()
