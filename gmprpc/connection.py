@@ -45,7 +45,7 @@ from .protocol import (
     Message,
     requests_in,
 )
-from .reply import PendingCall, Reply
+from .reply import PendingCall, Reply, get_thread_ident
 from .requests import RequestGreenlet, Requests
 from .sweeper import Sweeper
 from .transport import Stream, format_address
@@ -755,7 +755,8 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 def _flush_all() -> None:
     """Write what is held back until the loop runs again, which at exit it doesn't."""
     for connection in list(_connections):
-        connection.flush()
+        if connection._hub.thread_ident == get_thread_ident():  # Another thread may be at work on its own.
+            connection.flush()
 
 
 def _abandon_all() -> None:

@@ -11,6 +11,7 @@ import msgpack
 import pytest
 from gevent import socket
 from gevent.event import Event
+from gevent.threadpool import ThreadPool
 
 import gmprpc
 from gmprpc import connection
@@ -594,8 +595,11 @@ def test_a_connection_that_is_abandoned_ends_quietly_here(
 
 
 def test_at_exit_what_is_held_back_is_written(pair: Pair) -> None:
+    wait_until(lambda: pair.connection._is_reading)
     pair.connection.is_settling = True  # Somebody else will write it; but at exit nobody does.
     pair.connection.notify("last words")
+    ThreadPool(1).apply(connection._flush_all)
+    assert pair.connection._out, "it is not that thread's to write"
     connection._flush_all()
     assert pair.peer.receive() == [2, "last words", []]
 
