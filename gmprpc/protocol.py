@@ -156,6 +156,9 @@ class Decoder:
     # Up to this size a read is decoded at once, on the guess that it holds just one message: in 256 bytes, however they
     # nest their headers, msgpack preallocates less than 256 KiB before it finds out that the guess was wrong.
     _GUESS_SIZE = 256
+    # Unpackers keep the largest buffer that they ever needed, twice what they were fed: past this they aren't kept.
+    # Picked so that a message of 64 KiB doesn't need new ones.
+    _KEPT_SIZE = 128 * 1024
 
     def __init__(self, max_message_size: int, options: Mapping[str, Any] | None = None) -> None:
         self._max_size = max_message_size
@@ -237,6 +240,8 @@ class Decoder:
                     # A value can't be decoded, and the unpacker is out of step.
                     self._unpacker = None
                     yield from self._decoded_singly(batch, count)
+                if end > self._KEPT_SIZE:
+                    self.release()
                 if end == len(data):
                     return
                 data = data[end:]

@@ -669,6 +669,20 @@ def held() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
+def test_a_decoder_keeps_no_large_buffer_though_it_goes_on_to_be_used() -> None:
+    small = Encoder().request(1, "m", ["x"]) * 3
+    large = Encoder().request(1, "m", ["x" * 200_000]) + small
+    decoder = Decoder(MAX_SIZE)
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            assert len(list(fed(decoder, large))) == 4
+            assert len(list(fed(decoder, small))) == 3
+            assert held() < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_nothing_large_is_kept_by_a_decoder_that_is_told_to_release() -> None:
     large = Encoder().request(1, "m", ["x" * 500_000])
     decoder = Decoder(MAX_SIZE)
