@@ -634,6 +634,8 @@ class Connection:
             self._unsent_answers += answers
             if self._is_choked():
                 self._batch_end = 0.0
+        else:
+            self._refusals_size = 0
 
     def _is_choked(self) -> bool:
         """True when so much waits to be sent that the peer isn't to be read any further."""

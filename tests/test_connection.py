@@ -437,6 +437,18 @@ def test_refusals_that_nobody_reads_are_bounded(service: gmprpc.Service) -> None
     pair.close()
 
 
+def test_refusals_that_are_read_are_not_held_against_the_peer(service: gmprpc.Service) -> None:
+    service.register(lambda: gmprpc.current_call().connection.call("question"), "ask")
+    pair = Pair(service, max_concurrency=1, max_unsent_size=1000)
+    pair.peer.send([0, 1, "ask", []])
+    question = pair.peer.receive()
+    for msgid in range(2, 200):  # Several times what may wait to be sent, but none of it waits.
+        assert pair.peer.call("echo", 1, msgid=msgid) == [1, msgid, "too many requests in flight", None]
+    pair.peer.send([1, question[1], None, "answer"])
+    assert pair.peer.receive() == [1, 1, None, "answer"]
+    pair.close()
+
+
 def test_finish_reads_what_was_sent_even_beyond_max_concurrency(service: gmprpc.Service) -> None:
     pair = Pair(service, max_concurrency=2)
     pair.peer.send(*([0, number, "hold", [number]] for number in range(20)))
