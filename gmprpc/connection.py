@@ -436,6 +436,9 @@ class Connection:
             if not is_choked:
                 left = min(left, self._max_concurrency - self.in_flight)  # Each may bring an answer that isn't sent.
         is_full = is_choked or ((not idle or deferred) and requests.is_full())
+        if is_full and not pending:  # The last place was taken, or the last call ended, since it was decided to read.
+            self._settle()
+            return
         # Requests that end within this batch don't have to see to it that their answers are sent.
         self.is_settling = True
         self._used_at = perf_counter()

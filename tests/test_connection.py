@@ -437,6 +437,45 @@ def test_refusals_that_nobody_reads_are_bounded(service: gmprpc.Service) -> None
     pair.close()
 
 
+def test_nothing_is_refused_because_too_much_is_unsent_just_before_its_turn(
+    service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_BATCH_MESSAGES", 1)
+    pair = Pair(service)
+
+    @service.method
+    def tell() -> None:
+        # Between this batch and the turn of what was read with it.
+        gevent.get_hub().loop.run_callback(pair.connection.notify, "note", b"x" * 5_000_000)
+
+    pair.peer.send([0, 0, "tell", []], [0, 1, "echo", [1]])
+    assert [pair.peer.receive()[1] for _ in range(3)] == [0, "note", 1]
+    assert pair.counters.refused_messages == 0
+    pair.close()
+
+
+def test_nothing_is_refused_because_the_last_call_of_this_side_ends_just_before_its_turn(
+    service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_BATCH_MESSAGES", 1)
+    pair = Pair(service, max_concurrency=1)
+    call = pair.connection.call_async("question")
+    assert pair.peer.receive()[2] == "question"
+
+    @service.method
+    def give_up() -> None:
+        gevent.get_hub().loop.run_callback(call.cancel)
+        service.methods["hold"](0)
+
+    pair.peer.send([0, 0, "give_up", []], [0, 1, "echo", [1]])
+    wait_until(call.ready)
+    gevent.sleep(0.01)
+    service.methods["release"]()
+    assert [pair.peer.receive() for _ in range(2)] == [[1, 0, None, None], [1, 1, None, 1]]
+    assert pair.counters.refused_messages == 0
+    pair.close()
+
+
 def test_refusals_that_are_read_are_not_held_against_the_peer(service: gmprpc.Service) -> None:
     service.register(lambda: gmprpc.current_call().connection.call("question"), "ask")
     pair = Pair(service, max_concurrency=1, max_unsent_size=1000)
