@@ -690,9 +690,10 @@ class Connection:
         """The stream is broken: nothing more can be received or sent."""
         error = ConnectionClosed(f"connection lost: {getattr(reason, 'strerror', None) or reason}")
         error.__cause__ = reason.with_traceback(None)  # Its frames hold what was to be sent.
-        # What is still here has not left; what was partly written may have.
-        unsent = self._backlog[1:] if self._is_amid_write else self._backlog
-        self._unsent_requests = frozenset(requests_in(b"".join([*unsent, *self._out])))
+        if self._calls.pending:  # Else nobody asks; and answers may be many, and large.
+            # What is still here has not left; what was partly written may have.
+            unsent = self._backlog[1:] if self._is_amid_write else self._backlog
+            self._unsent_requests = frozenset(requests_in(b"".join([*unsent, *self._out])))
         self._backlog.clear()
         self._out.clear()
         self._is_aborted = True

@@ -58,10 +58,15 @@ def result_of(response: Message, method: str) -> Any:
 
 def requests_in(data: Buffer) -> Iterator[int]:
     """The msgids of the requests in ``data``, which begins with a message and was made by an :class:`Encoder`."""
-    for message in Decoder(len(data), {"raw": True}).feed(bytes(data)):
-        # Also those with values that can be packed but not be read back.
-        if message[0] == REQUEST or (message[0] == INVALID and message[2] == REQUEST):
-            yield message[1]
+    reader = Unpacker(read_size=len(data) or 1, max_buffer_size=0, raw=True)
+    reader.feed(data)
+    while reader.tell() < len(data):
+        length = reader.read_array_header()
+        kind, msgid = reader.unpack(), reader.unpack()
+        for _ in range(length - 2):
+            reader.skip()  # It may be large, or hold what can be packed but not be read back.
+        if kind == REQUEST:
+            yield msgid
 
 
 def next_msgid(msgid: int, pending: Container[int]) -> int:

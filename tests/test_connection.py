@@ -280,6 +280,25 @@ def test_what_is_written_to_a_peer_that_has_gone_ends_the_connection(service: gm
     assert pair.counters.failed_connections == 1
 
 
+def test_answers_that_nobody_reads_are_not_looked_through_when_the_peer_has_gone(
+    service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def look(data: bytes) -> Iterator[int]:
+        looks.append(len(data))
+        return iter(())
+
+    monkeypatch.setattr(connection, "requests_in", look)
+    service.register(lambda: b"x" * 1_000_000, "give")
+    pair = Pair(service)
+    pair.peer.send(*([0, number, "give", []] for number in range(10)))
+    wait_until(lambda: pair.connection._backlog)
+    pair.peer.close()
+    assert isinstance(pair.life.get(), gmprpc.ConnectionClosed)
+    assert not looks
+
+
 def test_a_stream_that_takes_nothing_for_a_moment_is_written_to_later(service: gmprpc.Service) -> None:
     # The kernel may be just full, and may wake up who waits for nothing.
     refusals = [1, 1, 0, 1, 1, 1]
