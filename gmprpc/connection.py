@@ -424,8 +424,7 @@ class Connection:
         inbox = self._inbox
         assert inbox is not None
         if not self._is_awake:
-            self._is_awake = True
-            Sweeper.of(self._hub).watch(self)
+            self._stay_awake()
         self._was_active = True
         requests, pending = self._requests, self._calls.pending
         idle, deferred = requests.idle, requests.deferred
@@ -556,6 +555,8 @@ class Connection:
 
     def settle_soon(self) -> None:
         """Have `_settle` called by the loop, once for all who ask for it until then."""
+        if not self._is_awake and self._phase < _CLOSED:  # What has ended now began long ago, and leaves its greenlet.
+            self._stay_awake()
         self.is_settling = True
         self._loop.run_callback(self._settle)
 
@@ -737,6 +738,10 @@ class Connection:
         self._decoder.abandon()
         self._release()
         Sweeper.of(self._hub).forget(self)
+
+    def _stay_awake(self) -> None:
+        self._is_awake = True
+        Sweeper.of(self._hub).watch(self)
 
     def rest(self) -> bool:
         """Give back what is held for speed if there was nothing to do lately; says whether it was so."""

@@ -19,6 +19,7 @@ from gmprpc.connection import Connection
 from gmprpc.metrics import Counters
 from gmprpc.options import ConnectionOptions
 from gmprpc.protocol import Decoder
+from gmprpc.sweeper import Sweeper
 from gmprpc.transport import PlainStream
 
 from .helpers import Peer, wait_until
@@ -529,6 +530,22 @@ def test_nothing_is_left_of_a_connection_that_has_ended(service: gmprpc.Service)
     pair.life.join()
     wait_until(lambda: all(request.dead for request in greenlets))
     assert not pair.connection._requests.greenlets
+
+
+def test_nothing_is_kept_of_requests_that_took_longer_than_the_connection_was_busy(service: gmprpc.Service) -> None:
+    pair = Pair(service)
+    pair.peer.send(*([0, number, "hold", [number]] for number in range(10)))
+    wait_until(lambda: pair.connection.in_flight == 10)
+    sweeper = Sweeper.of(gevent.get_hub())
+    while not pair.connection.rest():
+        pass
+    sweeper.forget(pair.connection)
+    service.methods["release"]()
+    for _ in range(10):
+        pair.peer.receive()
+    wait_until(lambda: len(pair.connection._requests.idle) == 10)
+    wait_until(lambda: not pair.connection._requests.greenlets)
+    pair.close()
 
 
 # Odd company.
