@@ -199,6 +199,8 @@ class Requests:
                 error = f"internal error{mark}"
         if msgid is not None:
             self.out.append(self.error_response(msgid, error))
+            if not self.owner.is_settling:
+                self.owner.settle_soon()  # Not only when this ends: the log may keep it waiting.
         if is_fault:
             what = "notification" if msgid is None else f"request {msgid}"
             peer = format_address(self.owner.peer)

@@ -208,6 +208,29 @@ def test_a_log_that_fails_costs_no_answer(service: gmprpc.Service, server: gmprp
 
 
 @pytest.mark.usefixtures("broken_log")
+@pytest.mark.parametrize("way", ["at once", "later", "by a reply"])
+def test_a_log_that_hangs_keeps_no_answer(
+    service: gmprpc.Service, server: gmprpc.Server, peer: Peer, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    free = Event()
+    monkeypatch.setattr(logging.getLogger("gmprpc.connection"), "handle", lambda record: free.wait())
+
+    @service.method
+    def bad() -> Any:
+        if way == "by a reply":
+            reply = gmprpc.Reply()
+            gevent.spawn(reply.set_exception, ValueError("no"))
+            return reply
+        if way == "later":
+            gevent.sleep(0.001)
+        raise ValueError("no")
+
+    assert peer.call("bad") == [1, 0, "ValueError: no", None]
+    assert server.statistics()["in_flight"] == 1  # It waits for the log.
+    free.set()
+    wait_until(lambda: server.statistics()["in_flight"] == 0)
+
+
 def test_a_log_that_fails_keeps_no_callback_of_on_cancel_from_being_called(
     service: gmprpc.Service, server: gmprpc.Server
 ) -> None:
