@@ -15,7 +15,7 @@ from gevent.event import AsyncResult
 from greenlet import getcurrent
 
 from .exceptions import CallCancelled
-from .log import log_soon
+from .log import log_soon, shown
 from .methods import Handler
 from .reply import Reply, failure_of
 from .requests import AnsweredAlready, RequestGreenlet, is_deferred
@@ -66,7 +66,7 @@ class _Expiry:
         self._requests = request.requests
         self._request = request
         request.reply = None  # An earlier request's.
-        self._what = f"request {msgid} of {method} from {format_address(request.requests.owner.peer)}"
+        self._what = f"request {msgid} of {shown(method)} from {format_address(request.requests.owner.peer)}"
         self._text = f"no answer within {timeout:g} s"
         self._reply: weakref.ref[Reply] | None = None
         #: True once the request has been answered with an error while its handler was at work.

@@ -289,7 +289,9 @@ def test_on_dispatch_and_a_deadline_go_together(service: gmprpc.Service) -> None
     assert seen == ["never", "nosuch"]
 
 
-def test_a_hook_that_hangs_takes_from_the_time_of_its_request(service: gmprpc.Service) -> None:
+def test_a_hook_that_hangs_takes_from_the_time_of_its_request(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
         gmprpc.Server(
             ("127.0.0.1", 0), service, reply_timeout=0.02, on_dispatch=lambda connection, message: Event().wait()
@@ -297,3 +299,6 @@ def test_a_hook_that_hangs_takes_from_the_time_of_its_request(service: gmprpc.Se
         Peer.connect(server.address) as peer,
     ):
         assert peer.call("echo", 1) == [1, 0, NO_ANSWER, None]
+        assert peer.call("no such\nmethod" * 1000) == [1, 0, NO_ANSWER, None]
+        wait_until(lambda: len(caplog.records) == 2)
+    assert all(record.getMessage().isprintable() and len(record.getMessage()) < 400 for record in caplog.records)
