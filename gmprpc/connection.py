@@ -57,7 +57,7 @@ TOO_MANY_REQUESTS: Final = "too many requests in flight"
 # For how long, and for how many messages, a connection may keep the hub before others get their turn.
 _BATCH_TIME = 0.004
 _BATCH_MESSAGES = 100
-# Pieces that wait to be written are joined, unless the first one is large. Picked arbitrarily.
+# So much of what waits to be written, and the rest of its last piece, is joined for one attempt. Picked arbitrarily.
 _JOINED_SIZE = 256 * 1024
 
 _READ, _WRITE = 1, 2
@@ -670,10 +670,13 @@ class Connection:
             self._write_watcher.start(self._on_writable)
 
     def _on_writable(self) -> None:
-        if len(self._backlog) > 1 and len(self._backlog[0]) < _JOINED_SIZE:
-            self._backlog = [b"".join(self._backlog)]
-        data = self._backlog.pop(0)
-        self._backlog_size -= len(data)
+        count = size = 0
+        while count < len(self._backlog) and size < _JOINED_SIZE:
+            size += len(self._backlog[count])
+            count += 1
+        data = self._backlog[0] if count == 1 else b"".join(self._backlog[:count])
+        del self._backlog[:count]
+        self._backlog_size -= size
         self._write(data)
         if not self._backlog and self._write_watcher is not None:
             self._write_watcher.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gevent
@@ -279,6 +280,34 @@ def test_what_is_written_to_a_peer_that_has_gone_ends_the_connection(service: gm
     assert isinstance(error, gmprpc.ConnectionClosed)
     assert isinstance(error.__cause__, OSError)
     assert pair.counters.failed_connections == 1
+
+
+def test_of_what_waits_to_be_sent_only_as_much_is_joined_as_may_go(service: gmprpc.Service) -> None:
+    sizes: list[int] = []
+    ours, theirs = socket.socketpair()
+    stream = PlainStream(ours)
+    send = stream.send
+
+    def measured(data: Any) -> int:
+        sizes.append(len(data))
+        return send(data)
+
+    stream.send = measured  # type: ignore[assignment]
+    conn = Connection(stream, service.table(), ConnectionOptions(max_unsent_size=None), counters=Counters())
+    life = gevent.spawn(conn.run)
+    peer = Peer(theirs)
+    service.register(lambda size: b"x" * size, "give")
+    wanted = [500_000, *[10_000] * 100, 500_000, *[10_000] * 100]
+    for number, size in enumerate(wanted):
+        peer.send([0, number, "give", [size]])
+        wait_until(partial(lambda expected: conn._unsent_answers == expected, number + 1))
+    sizes.clear()
+    assert [len(peer.receive()[3]) for _ in wanted] == wanted
+    assert max(sizes) < 256 * 1024 + 500_100
+    assert len(sizes) < 50  # And small ones don't go one by one.
+    peer.close()
+    conn.abort()
+    life.join()
 
 
 def test_answers_that_nobody_reads_are_not_looked_through_when_the_peer_has_gone(
