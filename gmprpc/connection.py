@@ -399,10 +399,11 @@ class Connection:
         try:
             data = self._stream.recv()
         except BlockingIOError:
-            self._watch_for_the_rest()
             if self._phase == _FINISHING:
                 self._phase = _DRAINED
                 self._settle()
+            else:
+                self._watch_for_the_rest()
             return
         except EOFError as exc:  # TLS was cut off: nothing more will come, but what has come may be answered.
             error = ConnectionClosed(f"connection lost: {exc}")

@@ -168,6 +168,27 @@ def test_stop_answers_everything_that_has_been_received(service: gmprpc.Service,
     assert not server.connections
 
 
+def test_stop_holds_no_time_against_a_peer_that_isnt_read_any_more(service: gmprpc.Service) -> None:
+    ends: list[Exception | None] = []
+    server = gmprpc.Server(
+        ("127.0.0.1", 0),
+        service,
+        read_timeout=0.02,
+        on_error=lambda connection, exc: ends.append(exc),
+        on_eof=lambda connection: ends.append(None),
+    )
+    server.start()
+    with Peer.connect(server.address) as peer:
+        peer.send_bytes(pack([0, 1, "hold", ["held"]]) + b"\x94\x00")
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        stopping = gevent.spawn(server.stop)
+        gevent.sleep(0.1)  # Several times what the rest of the message would have.
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    stopping.get()
+    assert ends == [None]
+
+
 def test_stop_closes_quiet_connections_at_once(server: gmprpc.Server, peer: Peer) -> None:
     peer.call("echo", 1)
     stopping = gevent.spawn(server.stop)
