@@ -738,7 +738,8 @@ class Connection:
         self._out.clear()
         self._unsent_answers = 0
         self._calls.fail_all(self.error, self._unsent_requests)
-        self._requests.cancel_replies()
+        if not self._is_abandoned:  # There the callers still wait, for the other process.
+            self._requests.cancel_replies()
         self._decoder.abandon()
         self._release()
         Sweeper.of(self._hub).forget(self)

@@ -181,8 +181,10 @@ class Requests:
         for a log.
         """
         if issubclass(type(exc), AnsweredAlready):
+            if isinstance(exc.__cause__, CallCancelled):
+                return  # As it was told to; there was no other answer.
             self.drop_late()
-            if exc.__cause__ is None or isinstance(exc.__cause__, CallCancelled):
+            if exc.__cause__ is None:
                 return
             exc, msgid = exc.__cause__, None
         try:

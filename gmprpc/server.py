@@ -55,6 +55,9 @@ Hook = Callable[..., Any]
 # How long `stop` waits for connections that it has cut: their greenlets only have to notice.
 _ABORT_TIMEOUT = 1.0
 
+# How long `stop` gives TLS handshakes that are under way: some round trips. Picked arbitrarily.
+_HANDSHAKE_GRACE = 0.5
+
 
 class Server(Registry):
     """A MessagePack-RPC server.
@@ -307,22 +310,33 @@ class Server(Registry):
         self._is_stopping = True
         stopped = self._stopped
         self.close()
-        gevent.killall(self._handshakes, block=False)  # Nothing has been received.
+        # A request may have come right behind the handshake; but most who are still at it have nothing to say.
+        handshakes = gevent.spawn_later(_HANDSHAKE_GRACE, self._end_handshakes)
         for connection in self._connections.values():
             connection.finish()
         greenlets = list(self._greenlets)  # Not those that come after another start.
         gevent.joinall(greenlets, timeout)
+        handshakes.kill(block=False)
         late = [greenlet for greenlet in greenlets if not greenlet.ready()]
         connections = [self._connections[greenlet] for greenlet in late if greenlet in self._connections]
         if cut := sum(connection.in_flight for connection in connections):
             # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
             log(logger, logging.WARNING, "%d requests were cut after %g s", cut, timeout)
+        # Who has its answers, and doesn't hang up, isn't waited for any longer either.
+        gevent.killall([greenlet for greenlet in late if not self._has_live_connection(greenlet)], block=False)
         for connection in connections:
             connection.abort()
         gevent.joinall(late, _ABORT_TIMEOUT)
         gevent.killall(late, block=False)
         stopped.set()
         return cut
+
+    def _end_handshakes(self) -> None:
+        gevent.killall(self._handshakes, block=False)
+
+    def _has_live_connection(self, greenlet: Any) -> bool:
+        connection = self._connections.get(greenlet)
+        return connection is not None and not connection.is_closed
 
     def _abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from: here nothing is started."""

@@ -6,12 +6,14 @@ A :class:`Stream` is what a connection reads and writes: it never blocks, but fo
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import socket as stdlib_socket
 import ssl
 import stat
 import struct
+import termios
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,6 +53,8 @@ _TALK_SIZE = 64 * 1024
 # How long a stream that is being closed waits for the peer to take the last bytes and to close its side. Some kernels
 # keep a closed socket's data for a minute, nginx lingers for 5 s; picked between haste and leaks.
 _FAREWELL_TIMEOUT = 2.0
+# How often it looks meanwhile whether the peer's system has got them. Picked arbitrarily.
+_POLL_INTERVAL = 0.01
 
 # The class that gevent's and the standard library's sockets wrap: here nothing may wait behind our back.
 _RawSocket: type[stdlib_socket.socket] = monkey.get_original("socket", "socket")
@@ -109,7 +113,8 @@ class PlainStream:
         family, kind, protocol = sock.family, sock.type, sock.proto
         self._socket = _RawSocket(family, kind, protocol, fileno=sock.detach())
         self._socket.setblocking(False)
-        if family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6):
+        self._is_tcp = family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6)
+        if self._is_tcp:
             with suppress(OSError):  # It may be gone already: the first read tells.
                 self._socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
                 self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
@@ -132,8 +137,24 @@ class PlainStream:
                 self._socket.shutdown(stdlib_socket.SHUT_WR)
                 while linger and _recv_waiting(self):
                     pass
+                while self._holds_unsent() and self._recv_within(_POLL_INTERVAL):
+                    pass
         finally:
             self.close()
+
+    def _holds_unsent(self) -> bool:
+        """Whether the system holds bytes that the peer's hasn't got yet, and that a reset would destroy."""
+        if not self._is_tcp:
+            return False
+        return any(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))
+
+    def _recv_within(self, seconds: float) -> bool:
+        """Take in what comes within so many ``seconds``; False at the end of the stream."""
+        try:
+            wait_read(self.fileno(), timeout=seconds)
+            return bool(self.recv())
+        except (TimeoutError, BlockingIOError):
+            return True
 
     def shutdown_read(self) -> None:
         """Take nothing more in: from now on `recv` gives the end."""

@@ -694,6 +694,16 @@ def test_a_connection_that_is_abandoned_ends_quietly_here(
     pair = Pair(service)
     pair.peer.send([0, 1, "hold", [1]])
     wait_until(lambda: pair.connection.in_flight == 1)
+    told: list[str] = []
+    replies: list[gmprpc.Reply] = []
+
+    def later(reply: gmprpc.Reply) -> None:
+        reply.on_cancel(lambda: told.append("told"))
+        replies.append(reply)
+
+    service.reg_cb(later=later)
+    pair.peer.send([0, 2, "later", []])
+    wait_until(lambda: replies)
     call = pair.connection.call_async("never")
     connection._abandon_all()
     assert pair.connection.is_closed
@@ -704,6 +714,7 @@ def test_a_connection_that_is_abandoned_ends_quietly_here(
     service.methods["release"]()
     wait_until(lambda: pair.counters.dropped_answers == 1)
     pair.connection.abandon()  # Once more does nothing.
+    assert not told, "the caller still waits, for the other process"
     assert not caplog.records
     # Another process would hold the other end open; here it is the last.
     assert [message[2] for message in pair.peer.receive_rest()] == ["never"]

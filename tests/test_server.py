@@ -437,3 +437,15 @@ def test_what_is_started_while_a_stop_still_waits_is_left_alone_by_it(
             server.stop()
     serving.get()
     assert "1 requests were cut" in caplog.text
+
+
+def test_at_the_deadline_of_a_stop_nobody_lingers(service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmprpc.transport._FAREWELL_TIMEOUT", 1000.0)
+    monkeypatch.setattr("gmprpc.server._ABORT_TIMEOUT", 1000.0)
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    server.start()
+    with Peer.connect(server.address) as peer:
+        peer.send_bytes(b"\xc1")
+        assert peer.receive_rest() == []  # It has said goodbye, and waits for the peer's.
+        assert server.stop(0.01) == 0
+        assert not server._greenlets

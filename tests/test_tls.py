@@ -1073,3 +1073,22 @@ def test_a_client_that_would_check_no_name_is_refused_at_once(client_context: ss
     with pytest.raises(ValueError, match="server_hostname"):
         gmprpc.Client("unix:/nowhere", ssl_context=client_context)
     gmprpc.Client("unix:/nowhere", ssl_context=client_context, server_hostname="localhost")
+
+
+# Stopping.
+
+
+def test_a_request_right_behind_its_handshake_is_answered_though_a_stop_has_begun(
+    server: gmprpc.Server, client_context: ssl.SSLContext
+) -> None:
+    # Before this version the server has the last word.
+    client_context.maximum_version = client_context.minimum_version = ssl.TLSVersion.TLSv1_3
+    with RecordPeer(connected(server), client_context, server_side=False, server_hostname="localhost") as peer:
+        peer.handshake()  # The last piece is held back.
+        peer.tls.write(ECHO)
+        stopping = gevent.spawn(server.stop)
+        wait_until(lambda: not server.started)
+        peer.flush()
+        assert scripted(peer).receive()[0] == 1
+        peer.close()
+        assert stopping.get() == 0

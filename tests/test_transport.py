@@ -291,11 +291,12 @@ def test_lingering_waits_until_the_peer_says_goodbye(ours: PlainStream, peers: A
     assert ours.fileno() == -1
 
 
-def test_unread_input_does_not_destroy_the_last_words(tcp_sockets: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("linger", [False, True])
+def test_unread_input_does_not_destroy_the_last_words(tcp_sockets: tuple[Any, Any], linger: bool) -> None:
     stream, peer = PlainStream(tcp_sockets[0]), tcp_sockets[1]
     peer.sendall(b"unread" * 10_000)
     data = os.urandom(1_000_000)
-    finishing = gevent.spawn(stream.finish, data, linger=True)
+    finishing = gevent.spawn(stream.finish, data, linger=linger)
     assert read_all(peer) == data  # And no reset.
     peer.close()
     finishing.get()
