@@ -18,7 +18,7 @@ from gevent.threadpool import ThreadPool
 
 import gmprpc
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, is_listening, wait_until
 from .programs import Program
 
 pack = msgpack.packb
@@ -338,14 +338,6 @@ def test_signals_are_heard_where_each_greenlet_is_made_to_look_like_a_thread() -
         assert process.wait(10) == 0
 
 
-def is_listening(address: Any) -> bool:
-    try:
-        Peer.connect(address).close()
-    except ConnectionError:
-        return False
-    return True
-
-
 # Stopping, from anywhere and more than once.
 
 
@@ -457,18 +449,6 @@ def test_connections_that_wait_to_be_accepted_are_served_at_the_stop(server: gmp
         peer.close()
 
 
-def test_another_thread_may_have_the_loop_stop_the_server(service: gmprpc.Service, server: gmprpc.Server) -> None:
-    pool = ThreadPool(1)
-    loop = gevent.get_hub().loop
-    with held_call(server) as peer:
-        pool.spawn(lambda: loop.run_callback_threadsafe(gevent.spawn, server.stop)).get()
-        wait_until(lambda: not server.started)
-        service.methods["release"]()
-        assert peer.receive_rest() == [[1, 1, None, "held"]]
-    wait_until(lambda: not server.connections)
-    pool.kill()
-
-
 # Signals.
 
 SIGNALLED = """
@@ -543,3 +523,77 @@ def test_a_signal_that_strikes_while_a_handler_computes_loses_no_call(
         assert sorted(answer[1] for answer in peer.receive_rest()) == [1, 2]
     assert signalled.lines() == ["stopped"]
     assert signalled.wait() == 0
+
+
+# Stopping from elsewhere, and starting again meanwhile.
+
+
+def test_stop_may_be_called_where_nothing_can_be_waited_for(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    stopped: list[int] = []
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "hold", ["held"]])
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        gevent.get_hub().loop.run_callback(lambda: stopped.append(server.stop()))  # As a signal's handler may strike.
+        wait_until(lambda: not server.started)
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    serving.get()
+    assert stopped == [0]
+
+
+def test_stop_may_be_called_by_another_thread(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    serving = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    with Peer.connect(server.address) as peer:
+        peer.send([0, 1, "hold", ["held"]])
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        assert ThreadPool(1).apply(server.stop) == 0
+        wait_until(lambda: not server.started)
+        service.methods["release"]()
+        assert peer.receive_rest() == [[1, 1, None, "held"]]
+    serving.get()
+
+
+def test_a_server_that_was_never_started_can_be_stopped(service: gmprpc.Service) -> None:
+    assert gmprpc.Server(("127.0.0.1", 0), service).stop() == 0
+
+
+def test_what_is_started_while_a_stop_still_waits_is_left_alone_by_it(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    server.start()
+    with Peer.connect(server.address) as first:
+        first.send([0, 1, "hold", ["cut"]])
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        stopping = gevent.spawn(server.stop, 0.05)
+        wait_until(lambda: not server.started)
+        serving = gevent.spawn(server.serve_forever)
+        wait_until(lambda: server.started)
+        with Peer.connect(server.address) as second:
+            second.send([0, 2, "hold", ["goes on"]])
+            wait_until(lambda: server.statistics()["in_flight"] == 2)
+            assert stopping.get() == 1
+            assert first.receive_rest() == []
+            assert not serving.ready()
+            service.methods["release"]()
+            assert second.receive() == [1, 2, None, "goes on"]
+            server.stop()
+    serving.get()
+    assert "1 requests were cut" in caplog.text
+
+
+def test_at_the_deadline_of_a_stop_nobody_lingers(service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmprpc.transport._FAREWELL_TIMEOUT", 1000.0)
+    monkeypatch.setattr("gmprpc.server._ABORT_TIMEOUT", 1000.0)
+    server = gmprpc.Server(("127.0.0.1", 0), service)
+    server.start()
+    with Peer.connect(server.address) as peer:
+        peer.send_bytes(b"\xc1")
+        assert peer.receive_rest() == []  # It has said goodbye, and waits for the peer's.
+        assert server.stop(0.01) == 0
+        assert not server._greenlets

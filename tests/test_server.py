@@ -15,7 +15,6 @@ import pytest
 from gevent import socket
 from gevent.event import Event
 from gevent.server import StreamServer
-from gevent.threadpool import ThreadPool
 
 import gmprpc
 
@@ -375,77 +374,3 @@ def test_a_callback_of_a_notification_has_no_reply(service: gmprpc.Service, peer
     peer.send([2, "log", ["hello"]])
     assert peer.call("echo", 1) == [1, 0, None, 1]
     assert replies == [(None, "hello")]
-
-
-# Stopping from elsewhere, and starting again meanwhile.
-
-
-def test_stop_may_be_called_where_nothing_can_be_waited_for(service: gmprpc.Service) -> None:
-    server = gmprpc.Server(("127.0.0.1", 0), service)
-    serving = gevent.spawn(server.serve_forever)
-    wait_until(lambda: server.started)
-    stopped: list[int] = []
-    with Peer.connect(server.address) as peer:
-        peer.send([0, 1, "hold", ["held"]])
-        wait_until(lambda: server.statistics()["in_flight"] == 1)
-        gevent.get_hub().loop.run_callback(lambda: stopped.append(server.stop()))  # As a signal's handler may strike.
-        wait_until(lambda: not server.started)
-        service.methods["release"]()
-        assert peer.receive_rest() == [[1, 1, None, "held"]]
-    serving.get()
-    assert stopped == [0]
-
-
-def test_stop_may_be_called_by_another_thread(service: gmprpc.Service) -> None:
-    server = gmprpc.Server(("127.0.0.1", 0), service)
-    serving = gevent.spawn(server.serve_forever)
-    wait_until(lambda: server.started)
-    with Peer.connect(server.address) as peer:
-        peer.send([0, 1, "hold", ["held"]])
-        wait_until(lambda: server.statistics()["in_flight"] == 1)
-        assert ThreadPool(1).apply(server.stop) == 0
-        wait_until(lambda: not server.started)
-        service.methods["release"]()
-        assert peer.receive_rest() == [[1, 1, None, "held"]]
-    serving.get()
-
-
-def test_a_server_that_was_never_started_can_be_stopped(service: gmprpc.Service) -> None:
-    assert gmprpc.Server(("127.0.0.1", 0), service).stop() == 0
-
-
-def test_what_is_started_while_a_stop_still_waits_is_left_alone_by_it(
-    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = gmprpc.Server(("127.0.0.1", 0), service)
-    server.start()
-    with Peer.connect(server.address) as first:
-        first.send([0, 1, "hold", ["cut"]])
-        wait_until(lambda: server.statistics()["in_flight"] == 1)
-        stopping = gevent.spawn(server.stop, 0.05)
-        wait_until(lambda: not server.started)
-        serving = gevent.spawn(server.serve_forever)
-        wait_until(lambda: server.started)
-        with Peer.connect(server.address) as second:
-            second.send([0, 2, "hold", ["goes on"]])
-            wait_until(lambda: server.statistics()["in_flight"] == 2)
-            assert stopping.get() == 1
-            assert first.receive_rest() == []
-            assert not serving.ready()
-            service.methods["release"]()
-            assert second.receive() == [1, 2, None, "goes on"]
-            server.stop()
-    serving.get()
-    assert "1 requests were cut" in caplog.text
-
-
-def test_at_the_deadline_of_a_stop_nobody_lingers(service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gmprpc.transport._FAREWELL_TIMEOUT", 1000.0)
-    monkeypatch.setattr("gmprpc.server._ABORT_TIMEOUT", 1000.0)
-    server = gmprpc.Server(("127.0.0.1", 0), service)
-    server.start()
-    with Peer.connect(server.address) as peer:
-        peer.send_bytes(b"\xc1")
-        assert peer.receive_rest() == []  # It has said goodbye, and waits for the peer's.
-        assert server.stop(0.01) == 0
-        assert not server._greenlets
