@@ -27,7 +27,8 @@ from .options import (
 )
 from .reply import PendingCall
 from .service import Service
-from .transport import UNIX_HOST, UNIX_PREFIX, PlainStream, Stream, TLSStream, connect, format_address, parse_address
+from .streams import PlainStream, Stream, TLSStream
+from .transport import UNIX_HOST, UNIX_PREFIX, connect, format_address, parse_address
 
 logger = logging.getLogger("gmprpc.client")
 

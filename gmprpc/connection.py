@@ -47,8 +47,9 @@ from .protocol import (
 )
 from .reply import PendingCall, Reply, get_thread_ident
 from .requests import RequestGreenlet, Requests
+from .streams import Stream
 from .sweeper import Sweeper
-from .transport import Stream, format_address
+from .transport import format_address
 
 logger = logging.getLogger("gmprpc.connection")
 

@@ -35,13 +35,11 @@ from .options import (
     check_timeout,
 )
 from .service import Registry, Service
+from .streams import PlainStream, Stream, TLSStream
 from .transport import (
     UNIX_HOST,
     UNIX_PREFIX,
-    PlainStream,
     SocketFile,
-    Stream,
-    TLSStream,
     file_identity,
     format_address,
     open_listener,

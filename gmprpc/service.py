@@ -16,7 +16,8 @@ from .methods import Handler, Methods, MethodTable, Wrapper
 from .metrics import Counters
 from .options import ConnectionOptions
 from .requests import current_requests
-from .transport import PlainStream, peer_of
+from .streams import PlainStream
+from .transport import peer_of
 
 logger = logging.getLogger("gmprpc.service")
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent import socket
 from gevent.event import Event
 
 import gmprpc
 
-from .helpers import Peer
+from .helpers import Peer, listening
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,21 @@ def client(server: gmprpc.Server) -> Iterator[gmprpc.Client]:
     """A client of ``server``, connected."""
     with gmprpc.Client(server.address) as client:
         yield client
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[Any, Any]]:
+    """Two unix sockets that are connected with each other; gevent's."""
+    ours, peers = socket.socketpair()
+    with ours, peers:
+        yield ours, peers
+
+
+@pytest.fixture
+def tcp_sockets() -> Iterator[tuple[Any, Any]]:
+    """Two TCP sockets that are connected with each other."""
+    with listening(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        peers, _ = listener.accept()
+    with ours, peers:
+        yield ours, peers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -76,6 +77,23 @@ class Peer:
             if not (data := self.socket.recv(65536)):
                 return
             self._unpacker.feed(data)
+
+
+def listening(address: Any, family: int = socket.AF_INET) -> Any:
+    """A socket that listens; gevent's, as those of its `create_server` aren't."""
+    sock = socket.socket(family)
+    sock.bind(address)
+    sock.listen()
+    return sock
+
+
+def is_closed(fd: int) -> bool:
+    """Whether ``fd`` is no descriptor any more."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return True
+    return False
 
 
 def wait_until(condition: Callable[[], Any]) -> None:

@@ -20,8 +20,8 @@ from gmprpc.connection import Connection
 from gmprpc.metrics import Counters
 from gmprpc.options import ConnectionOptions
 from gmprpc.protocol import Decoder
+from gmprpc.streams import PlainStream
 from gmprpc.sweeper import Sweeper
-from gmprpc.transport import PlainStream
 
 from .helpers import Peer, wait_until
 

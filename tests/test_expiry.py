@@ -19,7 +19,7 @@ from gmprpc.connection import Connection
 from gmprpc.expiry import _Expiry, expiring
 from gmprpc.metrics import Counters
 from gmprpc.options import ConnectionOptions
-from gmprpc.transport import PlainStream
+from gmprpc.streams import PlainStream
 
 from .helpers import Peer, collected, wait_until
 

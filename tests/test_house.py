@@ -33,6 +33,7 @@ FLOORS: dict[str, int] = {
     "metrics": 1,
     "sweeper": 1,
     "deadline": 1,
+    "streams": 1,
     "log": 0,
     "tls": 1,
     "exceptions": 0,

@@ -20,7 +20,7 @@ from gmprpc.connection import TOO_MANY_REQUESTS, Connection
 from gmprpc.exceptions import ConnectionClosed, MessageTooLarge, ProtocolError
 from gmprpc.metrics import Counters
 from gmprpc.options import ConnectionOptions
-from gmprpc.transport import PlainStream
+from gmprpc.streams import PlainStream
 
 from .case import Case, Finding, Tally
 from .oracle import AMID_MESSAGE, CLEAN, INVALID, NO_PROTOCOL, REQUEST, RESPONSE, TOO_LARGE, Expectation, expectation
