@@ -474,8 +474,8 @@ class _Walk:
             else:
                 length_size, type_size, is_body, values = _HEADERS[lead]
                 header_end = position + 1 + length_size
-                if header_end + left - 1 > max_size:
-                    raise MessageTooLarge(header_end + left - 1, max_size)
+                if (least := header_end + type_size + left - 1) > max_size:
+                    raise MessageTooLarge(least, max_size)
                 if header_end > available:
                     break
                 length = int.from_bytes(data[position + 1 : header_end], "big")

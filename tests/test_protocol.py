@@ -746,6 +746,18 @@ def test_releasing_amid_a_message_or_a_batch_loses_nothing() -> None:
     assert seen == list(range(100))
 
 
+@pytest.mark.parametrize(
+    "lead, least",
+    [(b"\xc4", 2), (b"\xc5", 3), (b"\xc6", 5), (b"\xc7", 3), (b"\xc8", 4), (b"\xc9", 6)]
+    + [(b"\xd9", 2), (b"\xda", 3), (b"\xdb", 5), (b"\xdc", 3), (b"\xdd", 5), (b"\xde", 3), (b"\xdf", 5)],
+)
+def test_a_header_that_can_not_fit_is_refused_at_its_first_byte(lead: bytes, least: int) -> None:
+    size = 1 + least + 3  # The message's own header comes before it, three values of a byte or more behind it.
+    assert list(fed(Decoder(size), b"\x94" + lead)) == []
+    with pytest.raises(MessageTooLarge, match=f"at least {size} bytes"):
+        list(fed(Decoder(size - 1), b"\x94" + lead))
+
+
 @pytest.mark.parametrize("value", [b"\x01", b"\x90", b"\x91", b"\xa1x", b"\xcd\x01\x02", b"\xdb\x00\x00\x00\x00"])
 @pytest.mark.parametrize("piece_size", [2**20, 100_000, 8 * 1024, 100])
 def test_others_get_their_turn_while_a_long_message_is_looked_through(value: bytes, piece_size: int) -> None:
