@@ -163,7 +163,7 @@ class Decoder:
     _GUESS_SIZE = 256
     # Unpackers keep the largest buffer that they ever needed, twice what they were fed: past this they aren't kept.
     # Picked so that a message of 64 KiB doesn't need new ones.
-    _KEPT_SIZE = 128 * 1024
+    _KEPT_SIZE = 80 * 1024
 
     def __init__(self, max_message_size: int, options: Mapping[str, Any] | None = None) -> None:
         self._max_size = max_message_size
