@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -35,17 +35,22 @@ logger = logging.getLogger("gmprpc.cli")
 DEFAULT_BIND = "127.0.0.1:4423"
 
 
+def _option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option that has a name in the environment, too: GMPRPC_MAX_MESSAGE_SIZE for --max-message-size."""
+    (name,) = (name for name in names if name.startswith("--"))
+    variable = "GMPRPC_" + name.removeprefix("--").upper().replace("-", "_")
+    return click.option(*names, envvar=variable, show_envvar=True, **settings)
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("app", metavar="[MODULE:ATTR]", required=False)
-@click.option(
+@_option(
     "-b",
     "--bind",
     "binds",
     type=parameters.bind,
     multiple=True,
     show_default=DEFAULT_BIND,
-    envvar="GMPRPC_BIND",
-    show_envvar=True,
     metavar="ADDRESS",
     help="Listen on HOST:PORT, unix:PATH or fd://N; may be given several times.",
 )
@@ -58,112 +63,86 @@ DEFAULT_BIND = "127.0.0.1:4423"
 )
 @click.option("--factory", is_flag=True, help="ATTR is a function that makes the service.")
 @click.option("--no-patch", is_flag=True, help="Don't monkey-patch the standard library for gevent.")
-@click.option(
+@_option(
     "--max-message-size",
     type=click.IntRange(min=1),
     default=SERVER_MAX_MESSAGE_SIZE,
-    envvar="GMPRPC_MAX_MESSAGE_SIZE",
-    show_envvar=True,
     metavar="BYTES",
     help="Close a connection on which a larger message comes.",
 )
-@click.option(
+@_option(
     "--max-concurrency",
     type=click.IntRange(min=1),
     default=MAX_CONCURRENCY,
-    envvar="GMPRPC_MAX_CONCURRENCY",
-    show_envvar=True,
     metavar="N",
     help="Requests in flight on one connection; further ones wait unread.",
 )
-@click.option(
+@_option(
     "--max-connections",
     type=click.IntRange(min=1),
     default=MAX_CONNECTIONS,
-    envvar="GMPRPC_MAX_CONNECTIONS",
-    show_envvar=True,
     metavar="N",
     help="Connections at each place; one more is closed at once.",
 )
-@click.option(
+@_option(
     "--max-unsent-size",
     type=click.IntRange(min=1),
     default=MAX_UNSENT_SIZE,
-    envvar="GMPRPC_MAX_UNSENT_SIZE",
-    show_envvar=True,
     metavar="BYTES",
     help="Read nothing from a peer that leaves more than this unread.",
 )
-@click.option(
+@_option(
     "--read-timeout",
     type=parameters.seconds,
     default=READ_TIMEOUT,
-    envvar="GMPRPC_READ_TIMEOUT",
-    show_envvar=True,
     metavar="SECONDS",
     help="Close a connection on which the rest of a message doesn't come.",
 )
-@click.option(
+@_option(
     "--write-timeout",
     type=parameters.seconds,
     default=WRITE_TIMEOUT,
-    envvar="GMPRPC_WRITE_TIMEOUT",
-    show_envvar=True,
     metavar="SECONDS",
     help="Close a connection whose peer doesn't take its answers.",
 )
-@click.option(
+@_option(
     "--idle-timeout",
     type=parameters.seconds,
-    envvar="GMPRPC_IDLE_TIMEOUT",
-    show_envvar=True,
     metavar="SECONDS",
     help="Close a connection on which nothing happens; never by default.",
 )
-@click.option(
+@_option(
     "--reply-timeout",
     type=parameters.seconds,
-    envvar="GMPRPC_REPLY_TIMEOUT",
-    show_envvar=True,
     metavar="SECONDS",
     help="Answer a request that takes longer with an error; never by default.",
 )
-@click.option(
+@_option(
     "--socket-mode",
     type=parameters.file_mode,
-    envvar="GMPRPC_SOCKET_MODE",
-    show_envvar=True,
     metavar="OCTAL",
     help="Permissions of the files of unix sockets: who may write may connect.",
 )
-@click.option(
+@_option(
     "--socket-user",
-    envvar="GMPRPC_SOCKET_USER",
-    show_envvar=True,
     metavar="NAME",
     help="Owner of the files of unix sockets.",
 )
-@click.option(
+@_option(
     "--socket-group",
-    envvar="GMPRPC_SOCKET_GROUP",
-    show_envvar=True,
     metavar="NAME",
     help="Group of the files of unix sockets.",
 )
-@click.option(
+@_option(
     "--graceful-timeout",
     type=parameters.seconds,
     default=30.0,
-    envvar="GMPRPC_GRACEFUL_TIMEOUT",
-    show_envvar=True,
     metavar="SECONDS",
     help="Time for what is in flight when a signal says stop.",
 )
-@click.option(
+@_option(
     "--hide-errors",
     is_flag=True,
-    envvar="GMPRPC_HIDE_ERRORS",
-    show_envvar=True,
     help="Don't tell callers what a method raised; the log has it.",
 )
 @click.pass_context
