@@ -24,8 +24,13 @@ def log(logger: Logger, level: int, message: str, *args: Any, exc_info: BaseExce
     try:
         logger.log(level, message, *args, exc_info=exc_info, stacklevel=2)
     except Exception:
-        with suppress(Exception):  # Standard error may be on the same disk.
-            gevent.get_hub().handle_error(None, *sys.exc_info())
+        show_failure()
+
+
+def show_failure(context: Any = None) -> None:
+    """Show the exception that is being handled where gevent shows its own, since the log has failed."""
+    with suppress(Exception):  # Standard error may be on the same disk.
+        gevent.get_hub().handle_error(context, *sys.exc_info())
 
 
 def log_soon(logger: Logger, level: int, message: str, *args: Any) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import dis
 import logging
 import signal
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from secrets import token_hex
@@ -23,7 +21,7 @@ from gevent.event import AsyncResult
 
 from .calls import switch
 from .exceptions import CallCancelled, ErrorResponse, text_of
-from .log import log, shown
+from .log import log, show_failure, shown
 from .methods import UnknownMethod, params_mismatch
 from .metrics import Counters
 from .options import ConnectionOptions
@@ -235,11 +233,6 @@ class Requests:
         if issubclass(type(exc), KeyboardInterrupt) and _has_struck(exc):
             self.hub.loop.run_callback(self.hub.handle_system_error, type(exc), exc)
 
-    def report(self) -> None:
-        """Show the exception that is being handled where gevent shows its own, since the log has failed."""
-        with suppress(Exception):  # That stream may be broken, too.
-            self.hub.handle_error(self, *sys.exc_info())
-
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
         """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""
         key = next(self._deferred_keys)
@@ -278,7 +271,7 @@ class Requests:
         try:
             self.fail(msgid, method, exc)
         except BaseException:  # The answer stands by now; the log has failed.
-            self.report()
+            show_failure(self)
         finally:
             del self.deferred[key]
             self.owner.settle_soon()
@@ -374,7 +367,7 @@ class RequestGreenlet(_Greenlet):
         except BaseException as log_exc:  # The answer stands by now; the log has failed, or this was killed in it.
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
-                self.requests.report()
+                show_failure(self.requests)
 
     def kill(self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None) -> None:
         """Raise ``exception`` in it, soon; see :meth:`gevent.Greenlet.kill`."""
