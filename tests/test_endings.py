@@ -139,6 +139,14 @@ def test_the_end_amid_a_message_is_an_error_but_what_came_before_is_answered(ser
 # Stopping.
 
 
+def held_call(server: gmprpc.Server) -> Peer:
+    """A peer whose call is at work."""
+    peer = Peer.connect(server.address)
+    peer.send([0, 1, "hold", ["held"]])
+    wait_until(lambda: server.statistics()["in_flight"] == 1)
+    return peer
+
+
 def test_stop_answers_everything_that_has_been_received(service: gmprpc.Service, server: gmprpc.Server) -> None:
     replies: list[gmprpc.Reply] = []
     service.reg_cb(later=lambda reply: replies.append(reply))
@@ -223,9 +231,7 @@ def test_a_stop_of_which_the_caller_loses_patience_goes_on(service: gmprpc.Servi
     server = gmprpc.Server(("127.0.0.1", 0), service)
     serving = gevent.spawn(server.serve_forever)
     wait_until(lambda: server.started)
-    with Peer.connect(server.address) as peer:
-        peer.send([0, 1, "hold", ["held"]])
-        wait_until(lambda: server.statistics()["in_flight"] == 1)
+    with held_call(server) as peer:
         with pytest.raises(gevent.Timeout), gevent.Timeout(0.01):
             server.stop()
         service.methods["release"]()
@@ -339,14 +345,6 @@ def test_signals_are_heard_where_each_greenlet_is_made_to_look_like_a_thread() -
 
 
 # Stopping, from anywhere and more than once.
-
-
-def held_call(server: gmprpc.Server) -> Peer:
-    """A peer whose call is at work."""
-    peer = Peer.connect(server.address)
-    peer.send([0, 1, "hold", ["held"]])
-    wait_until(lambda: server.statistics()["in_flight"] == 1)
-    return peer
 
 
 def test_stop_may_be_called_twice_and_at_once_by_many(service: gmprpc.Service, server: gmprpc.Server) -> None:
@@ -533,9 +531,7 @@ def test_stop_may_be_called_where_nothing_can_be_waited_for(service: gmprpc.Serv
     serving = gevent.spawn(server.serve_forever)
     wait_until(lambda: server.started)
     stopped: list[int] = []
-    with Peer.connect(server.address) as peer:
-        peer.send([0, 1, "hold", ["held"]])
-        wait_until(lambda: server.statistics()["in_flight"] == 1)
+    with held_call(server) as peer:
         gevent.get_hub().loop.run_callback(lambda: stopped.append(server.stop()))  # As a signal's handler may strike.
         wait_until(lambda: not server.started)
         service.methods["release"]()
@@ -548,9 +544,7 @@ def test_stop_may_be_called_by_another_thread(service: gmprpc.Service) -> None:
     server = gmprpc.Server(("127.0.0.1", 0), service)
     serving = gevent.spawn(server.serve_forever)
     wait_until(lambda: server.started)
-    with Peer.connect(server.address) as peer:
-        peer.send([0, 1, "hold", ["held"]])
-        wait_until(lambda: server.statistics()["in_flight"] == 1)
+    with held_call(server) as peer:
         assert ThreadPool(1).apply(server.stop) == 0
         wait_until(lambda: not server.started)
         service.methods["release"]()
