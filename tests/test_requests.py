@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import gevent
@@ -486,6 +487,15 @@ def test_an_error_response_that_forgot_its_error_is_a_fault(service: gmprpc.Serv
     assert peer.call("refuse") == [1, 0, "Forgetful", None]
 
 
+@pytest.fixture
+def pythons_own_sigint() -> Iterator[None]:
+    """Python's own handler of SIGINT, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_sigint")
 def test_a_ctrl_c_that_strikes_a_handler_is_not_the_handlers(service: gmprpc.Service, peer: Peer) -> None:
     @service.method
     def compute() -> None:
