@@ -22,6 +22,9 @@ from .exceptions import ConnectionClosed
 # How much is read at once: a message of 64 KiB shall come in one piece.
 _READ_SIZE = 256 * 1024
 
+# How much is read while only little comes at a time.
+_SMALL_READ_SIZE = 4 * 1024
+
 # How much of TLS is read at once: it is deciphered in one go, and records of one byte, or that ask for new keys, take
 # up to 0.4 µs a byte. Here too a message of 64 KiB shall come in one piece.
 _TLS_READ_SIZE = 80 * 1024
@@ -104,12 +107,19 @@ class PlainStream:
                 self._socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
                 self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
         self._buffer = _buffer_of(gevent.get_hub())
-        self._recv_into = self._socket.recv_into
+        self._recv, self._recv_into = self._socket.recv, self._socket.recv_into
+        self._expects_much = False
         self.fileno = self._socket.fileno
         self.send = self._socket.send
 
     def recv(self) -> bytes:
-        return bytes(self._buffer[: self._recv_into(self._buffer)])
+        if not self._expects_much:
+            data = self._recv(_SMALL_READ_SIZE)
+            self._expects_much = len(data) == _SMALL_READ_SIZE
+            return data
+        data = bytes(self._buffer[: self._recv_into(self._buffer)])
+        self._expects_much = len(data) >= _SMALL_READ_SIZE
+        return data
 
     def recv_view(self) -> memoryview:
         """As `recv`, but what it returns is only good until anybody receives the next."""
