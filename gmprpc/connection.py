@@ -37,12 +37,12 @@ from .log import log, log_soon, shown
 from .metrics import Counters
 from .options import ConnectionOptions
 from .protocol import (
-    INVALID,
     NOTIFICATION,
     REQUEST,
     RESPONSE,
     Decoder,
     Message,
+    Run,
     requests_in,
 )
 from .reply import PendingCall, Reply, get_thread_ident
@@ -142,6 +142,7 @@ class Connection:
         "_is_abandoned",
         "_is_aborted",
         "_is_amid_write",
+        "_is_active",
         "_is_awake",
         "_is_cut",
         "_is_reading",
@@ -152,17 +153,20 @@ class Connection:
         "_out",
         "_own_messages",
         "_over",
+        "_pending",
         "_phase",
         "_read_deadline",
         "_read_watcher",
+        "_recv",
         "_refusals_size",
         "_requests",
+        "_send",
         "_stream",
+        "_todo",
         "_turn",
         "_unsent_answers",
         "_unsent_requests",
         "_used_at",
-        "_was_active",
         "_write_deadline",
         "_write_watcher",
         "error",
@@ -191,25 +195,29 @@ class Connection:
 
         # Reading.
         self._stream = stream
+        self._recv = stream.recv
         self._decoder = Decoder(options.max_message_size, options.unpacker_options)
-        self._inbox: Iterator[Message] | None = None  # What was read and not yet carried out.
+        self._inbox: Iterator[Run] | None = None  # What was read and is not decoded yet.
         self._read_watcher = self._loop.io(stream.fileno(), _READ)
         self._is_reading = False
         self._turn: Any = None  # The timer that ends a pause made for others.
         self._batch_end = 0.0
         self._is_awake = False  # Looked after by the sweeper.
-        self._was_active = False  # Since it looked last.
+        self._is_active = False  # Something has been read since it looked last.
         # The rest of a message has to come in time; time in which this side doesn't read isn't the peer's.
         self._read_deadline = Deadline(self._loop, options.read_timeout, self._on_silence)
 
         # Carrying out requests.
         self._out: list[bytes] = []  # What is to be written at the end of the batch.
         self._requests = Requests(self, methods, options, counters, self._out)
+        self._todo = self._requests.todo  # What is decoded and not carried out yet, the next one last.
 
         # Calls to the peer.
         self._calls = Calls(self, self._requests.encoder)
+        self._pending = self._calls.pending
 
         # Writing.
+        self._send = stream.send
         self._backlog: list[bytes | memoryview] = []  # What the kernel didn't take; then everything goes here.
         self._backlog_size = 0
         self._max_unsent_size = sys.maxsize if options.max_unsent_size is None else options.max_unsent_size
@@ -395,99 +403,114 @@ class Connection:
     # Reading, in the hub.
 
     def _on_readable(self) -> None:
-        if self._phase >= _DEAF or self._inbox is not None:
-            return
+        self._read()
+
+    def _read(self) -> bool:
+        """Read what is there and carry it out; False if there was nothing, or what there was is the end."""
+        if self._phase >= _DEAF or self._todo or self._inbox is not None:
+            return False
         try:
-            data = self._stream.recv()
+            data = self._recv()
         except BlockingIOError:
             if self._phase == _FINISHING:
                 self._phase = _DRAINED
                 self._settle()
             else:
                 self._watch_for_the_rest()
-            return
+            return False
         except EOFError as exc:  # TLS was cut off: nothing more will come, but what has come may be answered.
             error = ConnectionClosed(f"connection lost: {exc}")
             error.__cause__ = exc.with_traceback(None)
             self._fall_silent(error)
             self._settle()
-            return
+            return False
         except Exception as exc:
             self._lose(exc)
-            return
-        if data:
-            self._inbox = self._decoder.feed(data)
-            self._carry_on()
-        else:
+            return False
+        if not data:
             self._hear_end()
+            return False
+        if not self._is_active:
+            self._is_active = True
+            if not self._is_awake:
+                self._stay_awake()
+        self._decode(data)
+        self._carry_on()
+        return True
 
-    def _carry_on(self) -> None:
-        """Carry out the messages that were read: the one loop of the program."""
-        inbox = self._inbox
-        assert inbox is not None
-        if not self._is_awake:
-            self._stay_awake()
-        self._was_active = True
-        requests, pending = self._requests, self._calls.pending
-        idle, deferred = requests.idle, requests.deferred
-        # With too much unsent, what is read is read for the answers to this side's calls.
-        is_choked, left = False, _BATCH_MESSAGES
-        if self._backlog:
-            is_choked = self._is_choked()
-            if not is_choked:
-                left = min(left, self._max_concurrency - self.in_flight)  # Each may bring an answer that isn't sent.
-        is_full = is_choked or ((not idle or deferred) and requests.is_full())
-        if is_full and not pending:  # The last place was taken, or the last call ended, since it was decided to read.
-            self._settle()
-            return
-        # Requests that end within this batch don't have to see to it that their answers are sent.
-        self.is_settling = True
-        self._used_at = perf_counter()
-        self._batch_end = self._used_at + _BATCH_TIME
+    def _decode(self, data: bytes = b"") -> bool:
+        """Decode more of what was read, ``data`` just now; says whether there is something to carry out."""
         try:
-            for message in inbox:
-                kind = message[0]
-                if kind == REQUEST or kind == NOTIFICATION:  # noqa: SIM109 - no tuple for each message
-                    if is_full:
-                        self._refuse(message)
-                    else:
-                        request = idle.pop() if idle else requests.new_greenlet()
-                        request.message = message
-                        request.gr_context = None  # Every request starts in a fresh context: 40 ns.
-                        request.switch()
-                elif kind == RESPONSE:
-                    waiter = pending.pop(message[1], None)
-                    if waiter is None:
-                        self._counters.late_answers += 1
-                    else:
-                        waiter(message)
-                elif kind == INVALID:
-                    self._reject(message)
-                else:  # PAUSE: a long message is looked through, which may be what many peers have us do.
-                    break
-                # Time and number: one connection must not keep the hub. What else has to end the batch, as the close of
-                # the connection has, sets its end to 0. (A batch's 4 ms are 35 ns a message to measure.)
-                left -= 1
-                if not left or perf_counter() > self._batch_end:
-                    break
-                # No place left: the rest waits where it is, and what isn't read yet in the kernel. But while a call of
-                # this side is pending its answer has to be read, or calls that call back would wait for each other.
-                is_full = is_choked or ((not idle or deferred) and requests.is_full())
-                if is_full and not pending:
-                    break
+            if data:
+                run, self._inbox = self._decoder.feed(data)
             else:
-                self._inbox = None
-                self._watch_for_the_rest()
+                run = next(self._inbox, None)  # type: ignore[arg-type]  # There is one.
         except ProtocolError as exc:
             self._counters.protocol_errors += 1
             self._inbox = None
             self._fall_silent(exc)
+            return False
+        except BaseException:  # Ctrl-C has struck here: what comes next in the stream isn't known any more.
+            self._hub.handle_error(self, *sys.exc_info())
+            self._lose(RuntimeError("interrupted while decoding"))
+            return False
+        if run is None:
+            self._inbox = None
+        else:
+            run.reverse()
+            self._todo += run
+        if self._read_deadline.is_set or self._decoder.unfinished or self._stream.is_amid_record:
+            self._watch_for_the_rest()
+        return bool(run)
+
+    def _carry_on(self) -> None:
+        """Carry out the messages that were read: the one loop of the program."""
+        todo, pending, requests = self._todo, self._pending, self._requests
+        idle, deferred = requests.idle, requests.deferred
+        # Requests that end within this batch don't have to see to it that their answers are sent.
+        self.is_settling = True
+        self._used_at = perf_counter()
+        self._batch_end = self._used_at + _BATCH_TIME
+        left = _BATCH_MESSAGES
+        try:
+            while todo or (self._inbox is not None and self._decode()):
+                message = todo[-1]
+                kind = message[0]
+                if kind == REQUEST or kind == NOTIFICATION:  # noqa: SIM109 - no tuple for each message
+                    if (self._backlog and self._is_choked()) or ((deferred or not idle) and requests.is_full()):
+                        # No place left: the rest waits where it is, and what isn't read yet in the kernel. But while a
+                        # call of this side is pending its answer has to be read, or calls that call back would wait for
+                        # each other.
+                        if not pending:
+                            break
+                        self._refuse(todo.pop())
+                    else:
+                        request = idle.pop() if idle else requests.new_greenlet()
+                        request.message = todo.pop()
+                        request.gr_context = None  # Every request starts in a fresh context: 40 ns.
+                        ahead = len(todo)
+                        if ahead and not deferred and not self._backlog:
+                            requests.lead_end = self._batch_end  # It goes on with them until its handler blocks.
+                        request.switch()
+                        requests.lead_end = 0.0
+                        left -= ahead - len(todo)
+                elif kind == RESPONSE:
+                    waiter = pending.pop(todo.pop()[1], None)
+                    if waiter is None:
+                        self._counters.late_answers += 1
+                    else:
+                        waiter(message)
+                else:
+                    self._reject(todo.pop())
+                # Time and number: one connection must not keep the hub. What else has to end the batch, as the close of
+                # the connection has, sets its end to 0. (A batch's 4 ms are 35 ns a message to measure.)
+                left -= 1
+                if (todo or self._inbox is not None) and (left <= 0 or perf_counter() > self._batch_end):
+                    break
         except BaseException:
             # Not a handler's doing, its greenlet answers for that: a caller's greenlet that isn't gevent's has died.
             self._hub.handle_error(self, *sys.exc_info())
-            if getattr(inbox, "gi_frame", None) is None and self._phase < _CLOSED:
-                # Or Ctrl-C struck while a message was decoded: what comes next in the stream isn't known any more.
-                self._lose(RuntimeError("interrupted while decoding"))
+            requests.lead_end = 0.0
         self._settle()
 
     def _reject(self, message: Message) -> None:
@@ -513,7 +536,7 @@ class Connection:
             self._refusals_size += len(answer)
 
     def _is_amid_something(self) -> bool:
-        return self._decoder.is_amid_message or self._stream.is_amid_record
+        return bool(self._decoder.unfinished) or self._stream.is_amid_record
 
     def _watch_for_the_rest(self) -> None:
         """Let the time run in which the rest has to come of what has come in part."""
@@ -541,7 +564,7 @@ class Connection:
 
     def _hear_end(self) -> None:
         """The peer has shut down its writing side: it may still read, but it won't answer any more."""
-        if self._decoder.is_amid_message:
+        if self._decoder.unfinished:
             self._fall_silent(ConnectionClosed("the peer closed the connection amid a message"))
         else:
             self._fall_silent(None)
@@ -565,12 +588,19 @@ class Connection:
     def _settle(self) -> None:
         """What there is to do when requests have ended: write, go on reading, close when all is quiet."""
         self.is_settling = False
-        if self._out and self._phase < _CLOSED:
+        if self._out:
             self.flush()
-        # The usual end of a batch: nothing is held up and nobody wants an end, so nothing has to change.
         requests = self._requests
-        is_held_up = self._inbox or self._backlog or requests.deferred or len(requests.greenlets) > len(requests.idle)
-        if self._is_reading and not is_held_up and self._phase == _OPEN:
+        # The usual end of a batch: nothing is held up and nobody wants an end, so nothing has to change.
+        if (
+            self._is_reading
+            and self._phase == _OPEN
+            and not self._backlog
+            and not self._todo
+            and self._inbox is None
+            and not requests.deferred
+            and len(requests.greenlets) < self._max_concurrency
+        ):
             return
         if self._phase == _CLOSED:
             self._clear_away()
@@ -581,7 +611,7 @@ class Connection:
             may_read = self._refusals_size <= self._max_unsent_size
         else:
             may_read = not self._is_choked() and not requests.is_full()
-        if self._inbox is not None:
+        if self._todo or self._inbox is not None:
             if may_read and self._turn is None:
                 # A zero timer, since callbacks of the loop don't let timers and other sockets in.
                 self._turn = self._loop.timer(0)
@@ -604,6 +634,10 @@ class Connection:
             else:
                 self._read_watcher.stop()
                 self._read_deadline.lift()
+
+    def _end_batch(self) -> None:
+        """Have the batch that is under way end with the message that is being carried out."""
+        self._batch_end = self._requests.lead_end = 0.0
 
     def _take_turn(self) -> None:
         self._turn.close()
@@ -636,23 +670,23 @@ class Connection:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             self._write(data)
-        if self._backlog:
-            self._unsent_answers += answers
-            if self._is_choked():
-                self._batch_end = 0.0
-        else:
-            self._refusals_size = 0
+            if not self._backlog:
+                self._refusals_size = 0
+                return
+        self._unsent_answers += answers
+        if self._is_choked():
+            self._end_batch()
 
     def _is_choked(self) -> bool:
         """True when so much waits to be sent that the peer isn't to be read any further."""
         return self._backlog_size > self._max_unsent_size or (
-            bool(self._backlog) and self.in_flight >= self._max_concurrency
+            bool(self._backlog) and self.in_flight + len(self._out) >= self._max_concurrency
         )
 
     def _write(self, data: bytes | memoryview) -> None:
         """Write ``data``; what isn't taken waits, before all else, for the write watcher."""
         try:
-            sent = self._stream.send(data)
+            sent = self._send(data)
         except BlockingIOError:
             sent = 0
         except Exception as exc:
@@ -710,7 +744,8 @@ class Connection:
         self._phase = _CLOSED
         self.error = error
         self._inbox = None
-        self._batch_end = 0.0
+        self._todo.clear()
+        self._end_batch()
         for watcher in (self._read_watcher, self._write_watcher, self._turn):
             if watcher is not None:
                 # Before the descriptor is closed: a watcher that outlives it fires for the next owner of its number.
@@ -751,8 +786,8 @@ class Connection:
 
     def rest(self) -> bool:
         """Give back what is held for speed if there was nothing to do lately; says whether it was so."""
-        if self._was_active:
-            self._was_active = False
+        if self._is_active:
+            self._is_active = False
             return self._phase == _CLOSED
         self._release()
         self._is_awake = False

@@ -27,15 +27,17 @@ RESPONSE: Final = 1
 NOTIFICATION: Final = 2
 #: Not on the wire: how a :class:`Decoder` hands over a message that is well framed but can't be carried out.
 INVALID: Final = -1
-#: Not on the wire: no message, but an opportunity for others while a long one is looked through.
-PAUSE: Final = -2
 
 MAX_MSGID: Final = 2**32 - 1
 
 #: A decoded message, always of four: ``[REQUEST, msgid, method, params]``, ``[RESPONSE, msgid, error, result]``,
 #: ``(NOTIFICATION, None, method, params)`` or ``(INVALID, msgid, kind, reason)``, in which ``kind`` is that of the
-#: message and ``reason`` the text to answer or raise. ``(PAUSE, None, None, None)`` is none and may be ignored.
+#: message and ``reason`` the text to answer or raise.
 Message = Sequence[Any]
+
+#: Messages that have come one after the other: requests and notifications, or responses, or a single one that is
+#: INVALID. An empty run is an opportunity for others while a long message is looked through.
+Run = list[Message]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -156,11 +158,16 @@ class Decoder:
     may be of any hashable type.
     """
 
-    __slots__ = ("_array", "_framer", "_max_size", "_options", "_unfinished", "_unpacker", "_unpackb", "_walk")
+    __slots__ = ("_array", "_framer", "_max_size", "_options", "_unpacker", "_unpackb", "_walk", "unfinished")
 
     # Up to this size a read is decoded at once, on the guess that it holds just one message: in 256 bytes, however they
     # nest their headers, msgpack preallocates less than 256 KiB before it finds out that the guess was wrong.
     _GUESS_SIZE = 256
+    # So many bytes of small messages are decoded ahead of their turn. Picked arbitrarily: an ordinary read is one run,
+    # and what a peer can do at worst with as many bytes takes 1 ms.
+    _RUN_SIZE = 4 * 1024
+    # From this size on it pays to look whether a read is one message of few values. Picked arbitrarily.
+    _LARGE_SIZE = 16 * 1024
     # Unpackers keep the largest buffer that they ever needed, twice what they were fed: past this they aren't kept.
     # Picked so that a message of 64 KiB doesn't need new ones.
     _KEPT_SIZE = 80 * 1024
@@ -173,14 +180,10 @@ class Decoder:
         self._framer: Unpacker | None = None
         self._unpacker: Unpacker | None = None
         self._unpackb: Callable[[Buffer], Any] | None = None
-        # A message of which the end hasn't come yet, and how far into it the search for its end has got.
-        self._unfinished = bytearray()
+        #: A message of which the end hasn't come yet.
+        self.unfinished = bytearray()
+        # How far into it the search for its end has got.
         self._walk = _Walk(max_message_size)
-
-    @property
-    def is_amid_message(self) -> bool:
-        """True when a part of a message has come and the rest of it hasn't."""
-        return bool(self._unfinished)
 
     def release(self) -> None:
         """Give back what was only held to be quicker next time; a stream that has gone quiet needs little."""
@@ -189,107 +192,140 @@ class Decoder:
     def abandon(self) -> None:
         """Give everything back: nothing more will be fed."""
         self.release()
-        self._unfinished = bytearray()
+        self.unfinished = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield each message that ``data`` completes when it is asked for, and PAUSE where that takes long.
+    def feed(self, data: bytes) -> tuple[Run, Iterator[Run] | None]:
+        """The first messages that ``data`` completes, and an iterator that decodes the others when they are asked for.
 
-        Exhaust the iterator before you feed again.
+        Exhaust it before you feed again.
 
-        Raises:
+        Raises, at once or when a run is asked for:
             MessageTooLarge: a message has, or announces, more than ``max_message_size`` bytes.
-            ProtocolError: the stream is not MessagePack-RPC. In both cases every message before it has been yielded,
-                and the stream can't be decoded any further.
+            ProtocolError: the stream is not MessagePack-RPC. In both cases every message before it has been handed
+                over, and the stream can't be decoded any further.
         """
-        if self._unfinished:
-            self._unfinished += data
-            if (end := (yield from self._walk.through(self._unfinished))) is None:
-                return
-            unfinished, self._unfinished = memoryview(self._unfinished), bytearray()
-            data = bytes(unfinished[end:])
-            yield self._decoded(unfinished[:end])
-        elif len(data) <= self._GUESS_SIZE and len(data) <= self._max_size:
+        if len(data) <= self._GUESS_SIZE and len(data) <= self._max_size and not self.unfinished:
             try:
                 message = (self._unpackb or self._new_unpackb())(data)
             except Exception:
                 pass  # More than a message or less, or one that needs a closer look.
             else:
-                yield self._checked(message)
+                return [self._checked(message)], None
+        return [], self._runs(data)
+
+    def _runs(self, data: bytes) -> Iterator[Run]:
+        if self.unfinished:
+            self.unfinished += data
+            if (end := (yield from self._walk.through(self.unfinished))) is None:
                 return
+            unfinished, self.unfinished = memoryview(self.unfinished), bytearray()
+            data = bytes(unfinished[end:])
+            yield [self._decoded(unfinished[:end])]
+        elif len(data) > self._LARGE_SIZE and self._walk.is_short(data):
+            yield [self._decoded(data)]  # Without a copy for the framer and another one for the unpacker.
+            return
         while data:
-            if end := self._complete(data):
-                batch = data if end == len(data) else data[:end]
-                if (unpacker := self._unpacker) is None:
-                    unpacker = self._unpacker = Unpacker(read_size=end, max_buffer_size=0, **self._all_options())
-                unpacker.feed(batch)
-                array, count = self._array, 0
-                try:
-                    for message in unpacker:
-                        count += 1
-                        # The common case of `_checked`, spelled out: a call for each message would be a tenth of all.
-                        if type(message) is array and len(message) == 4:
-                            kind, msgid, method, params = message
-                            if (
-                                type(kind) is type(msgid) is int
-                                and kind == REQUEST
-                                and 0 <= msgid <= MAX_MSGID
-                                and type(method) is str
-                                and type(params) is array
-                            ):
-                                yield message
-                                continue
-                        yield self._checked(message)
-                except ProtocolError:
-                    raise
-                except Exception:
-                    # A value can't be decoded, and the unpacker is out of step.
-                    self._unpacker = None
-                    yield from self._decoded_singly(batch, count)
-                if end > self._KEPT_SIZE:
-                    self.release()
-                if end == len(data):
-                    return
-                data = data[end:]
-            # What is left is a message that is unfinished, too large, invalid, or too deep for the framer.
-            if (end := (yield from self._walk.through(data))) is None:
-                self._unfinished += data
+            end = yield from self._complete_runs(data)
+            if end == len(data):
                 return
-            yield self._decoded(data[:end])
+            # What is left is a message that is unfinished, too large, invalid, or too deep for the framer.
+            data = data[end:]
+            if (end := (yield from self._walk.through(data))) is None:
+                self.unfinished += data
+                return
+            yield [self._decoded(data[:end])]
             data = data[end:]
 
+    def _complete_runs(self, data: bytes) -> Generator[Run, None, int]:
+        """Decode what is complete, as far as msgpack can tell that without allocating; returns where that ends."""
+        size = len(data)
+        if size > self._max_size:
+            return 0  # One of them may be too large: each one's size has to be looked at.
+        if (framer := self._framer) is None:
+            framer = self._framer = Unpacker(read_size=size, max_buffer_size=0)
+        skip, tell = framer.skip, framer.tell
+        first = tell()
+        framer.feed(data)
+        start = end = 0
+        while end < size and self._framer is framer:
+            limit = first + min(start + self._RUN_SIZE, size)
+            try:
+                while (position := tell()) < limit:
+                    skip()
+            except (OutOfData, ValueError):
+                self._framer = None  # It is amid a message; at the end of one it is as good as new.
+            end = position - first
+            if end > start:
+                yield from self._unpacked(data[start:end])
+                start = end
+        if size > self._KEPT_SIZE:
+            self.release()
+        return end
+
+    def _unpacked(self, data: bytes) -> Iterator[Run]:
+        """The messages in ``data``, in which each is complete."""
+        if (unpacker := self._unpacker) is None:
+            unpacker = self._unpacker = Unpacker(read_size=len(data), max_buffer_size=0, **self._all_options())
+        unpacker.feed(data)
+        array = self._array
+        requests: Run = []
+        responses: Run = []  # At most one of the two has something in it.
+        count = 0  # Of what was handed over before.
+        try:
+            for message in unpacker:
+                # The common cases of `_checked`, spelled out: a call for each message would be a tenth of all.
+                if type(message) is array and len(message) == 4:
+                    kind, msgid, method, params = message
+                    if type(msgid) is int and 0 <= msgid <= MAX_MSGID and type(kind) is int:
+                        if kind == REQUEST and type(method) is str and type(params) is array:
+                            if responses:
+                                yield responses
+                                count += len(responses)
+                                responses = []
+                            requests.append(message)
+                            continue
+                        if kind == RESPONSE:
+                            if requests:
+                                yield requests
+                                count += len(requests)
+                                requests = []
+                            responses.append(message)
+                            continue
+                message = self._checked(message)
+                if message[0] == NOTIFICATION and not responses:
+                    requests.append(message)
+                    continue
+                if run := requests or responses:
+                    yield run
+                yield [message]
+                count += len(run) + 1
+                requests, responses = [], []
+        except ProtocolError:
+            if run := requests or responses:
+                yield run
+            raise
+        except Exception:
+            # A value can't be decoded, and the unpacker is out of step.
+            self._unpacker = None
+            if run := requests or responses:
+                yield run
+            yield from self._decoded_singly(data, count + len(run))
+        else:
+            if run := requests or responses:
+                yield run
+
     def _new_unpackb(self) -> Callable[[Buffer], Any]:
-        self._unpackb = partial(msgpack.unpackb, **self._all_options())
+        options = self._all_options()
+        self._unpackb = _unpackb if options == _DEFAULTS else partial(msgpack.unpackb, **options)
         return self._unpackb
 
     def _all_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"timestamp": 3, "strict_map_key": False, **self._options}
+        options: dict[str, Any] = {**_DEFAULTS, **self._options}
         for name in _HOOKS.intersection(options):
             options[name] = _guarded(options[name])
         return options
 
-    def _complete(self, data: bytes) -> int:
-        """How many bytes of ``data`` are complete messages, as far as msgpack can tell without allocating."""
-        if len(data) > self._max_size:
-            return 0  # One of them may be too large: each one's size has to be looked at.
-        if (framer := self._framer) is None:
-            framer = self._framer = Unpacker(read_size=len(data), max_buffer_size=0)
-        start = framer.tell()
-        framer.feed(data)
-        skip = framer.skip
-        end = start
-        try:
-            while True:
-                skip()
-                end = framer.tell()
-        except OutOfData:
-            # At the end of a message the framer is as good as new; within one it isn't.
-            if end - start < len(data):
-                self._framer = None
-        except ValueError:
-            self._framer = None
-        return end - start
-
-    def _decoded_singly(self, data: bytes, skipped: int) -> Iterator[Message]:
+    def _decoded_singly(self, data: bytes, skipped: int) -> Iterator[Run]:
         """The messages in ``data``, in which each is complete, but for the first ones."""
         walk = _Walk(self._max_size)
         start = 0
@@ -298,7 +334,7 @@ class Decoder:
             if skipped:
                 skipped -= 1
             else:
-                yield self._decoded(data[start:end])
+                yield [self._decoded(data[start:end])]
             start = end
 
     def _decoded(self, data: Buffer) -> Message:
@@ -316,7 +352,7 @@ class Decoder:
             if len(message) == 4:
                 kind, msgid, method, params = message
                 # `type() is`, since True and 1.0 equal 1.
-                if type(kind) is type(msgid) is int and 0 <= msgid <= MAX_MSGID:
+                if type(msgid) is int and 0 <= msgid <= MAX_MSGID and type(kind) is int:
                     if kind == REQUEST:
                         if type(method) is str and type(params) is array:
                             return message
@@ -392,6 +428,15 @@ _HEADERS: Final = {
 }
 
 
+# What of the Unpacker's options is not msgpack's default.
+_DEFAULTS: Final[Mapping[str, Any]] = {"timestamp": 3, "strict_map_key": False}
+
+
+def _unpackb(data: Buffer, unpackb: Callable[..., Any] = msgpack.unpackb) -> Any:
+    """As `partial` would do it with the default options, at half the cost beyond msgpack's own."""
+    return unpackb(data, timestamp=3, strict_map_key=False)
+
+
 # What of the Unpacker's options is called while it decodes.
 _HOOKS: Final = frozenset(("object_hook", "object_pairs_hook", "ext_hook"))
 
@@ -429,17 +474,19 @@ class _Walk:
 
     # So many bytes at a time: if each of them is a value of its own that takes less than half a millisecond.
     _STRETCH = 4 * 1024
+    # A message is short when its last value begins within so many bytes. Picked arbitrarily.
+    _SHORT = 100
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._position = 0  # Where the next value begins; it may lie beyond the bytes that are there.
         self._left = 1  # Values still to come: the message itself at first, then what its containers announce.
 
-    def through(self, data: Buffer) -> Generator[Message, None, int | None]:
+    def through(self, data: Buffer) -> Generator[Run, None, int | None]:
         """The size of the message at the beginning of ``data``, or None when its end isn't there yet.
 
-        Until there is an end, the next call goes on with the same bytes and more behind them. Yields PAUSE after each
-        stretch that hasn't brought one.
+        Until there is an end, the next call goes on with the same bytes and more behind them. Yields an empty
+        run after each stretch that hasn't brought one.
 
         Raises:
             MessageTooLarge: as soon as what is there and what the headers announce make it certain.
@@ -454,7 +501,16 @@ class _Walk:
                 return size
             if self._position < stop or stop == available:
                 return None
-            yield _PAUSE
+            yield []
+
+    def is_short(self, data: Buffer) -> bool:
+        """Whether ``data`` is exactly one message, and no more than a few values.
+
+        Raises like :meth:`through`; nothing must have been looked through before.
+        """
+        is_whole = self._advance(data, self._SHORT, len(data)) and self._position == len(data)
+        self._position, self._left = 0, 1
+        return is_whole
 
     def _advance(self, data: Buffer, stop: int, available: int) -> bool:
         """Look through the values that begin before ``stop``; says whether the end of the message is there."""
@@ -486,9 +542,6 @@ class _Walk:
                 raise MessageTooLarge(position + left, max_size)
         self._position, self._left = position, left
         return not left and position <= available
-
-
-_PAUSE: Final[Message] = (PAUSE, None, None, None)
 
 
 def _described(message: Any) -> str:

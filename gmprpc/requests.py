@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from secrets import token_hex
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import gevent
@@ -87,9 +88,11 @@ class Requests:
         "greenlets",
         "hub",
         "idle",
+        "lead_end",
         "methods",
         "out",
         "owner",
+        "todo",
     )
 
     def __init__(
@@ -109,6 +112,10 @@ class Requests:
         #: Every greenlet there is, and those of them that wait for a request.
         self.greenlets: set[RequestGreenlet] = set()
         self.idle: list[RequestGreenlet] = []
+        #: What is to be carried out next, the next one last; and until when a greenlet whose handler hasn't blocked may
+        #: go on with that by itself. 0 is not at all: out of a batch only the hub says what comes next.
+        self.todo: list[Message] = []
+        self.lead_end = 0.0
         #: What will complete later, Replies weakly, so that it can be noticed when nobody is left to answer.
         self.deferred: dict[int, Any] = {}
         self._deferred_keys = count()
@@ -235,6 +242,7 @@ class Requests:
 
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
         """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""
+        self.lead_end = 0.0  # What is at work counts for `max_concurrency`: the hub has to look.
         key = next(self._deferred_keys)
         completed = partial(self._answer_deferred, key, msgid, method)
         if isinstance(result, Reply):
@@ -308,7 +316,7 @@ class RequestGreenlet(_Greenlet):
     def _run(self) -> None:
         requests = self.requests
         methods, out, idle = requests.methods, requests.out, requests.idle
-        owner, hub = requests.owner, requests.hub
+        owner, hub, todo = requests.owner, requests.hub, requests.todo
         pack = requests.encoder.new_pack()
         answer: bytes | None
         function: Callable[..., Any] | None = None
@@ -348,8 +356,15 @@ class RequestGreenlet(_Greenlet):
                         requests.defer(msgid, method, result)
                     else:
                         self._fail(exc)
-            # They may be large, and this greenlet may rest for long.
-            self.message = params = result = answer = function = None
+            # They may be large, and this greenlet may rest, or block, for long.
+            params = result = answer = function = None
+            if todo and perf_counter() < requests.lead_end and not self.is_retired:
+                # The hub waits for this greenlet, since nothing has blocked: to go on with the next message saves two
+                # switches, 0.6 of 2 µs. But it is a request of its own, in a context of its own.
+                self.message = todo.pop()
+                self.gr_context = None
+                continue
+            self.message = None
             if not self.is_retired:
                 idle.append(self)
             if not owner.is_settling:

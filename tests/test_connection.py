@@ -490,6 +490,7 @@ def test_nothing_is_refused_because_too_much_is_unsent_just_before_its_turn(
     service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "_BATCH_MESSAGES", 1)
+    monkeypatch.setattr(Decoder, "_RUN_SIZE", 1)
     pair = Pair(service)
 
     @service.method
@@ -507,6 +508,7 @@ def test_nothing_is_refused_because_the_last_call_of_this_side_ends_just_before_
     service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "_BATCH_MESSAGES", 1)
+    monkeypatch.setattr(Decoder, "_RUN_SIZE", 1)
     pair = Pair(service, max_concurrency=1)
     call = pair.connection.call_async("question")
     assert pair.peer.receive()[2] == "question"

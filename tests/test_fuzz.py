@@ -13,7 +13,7 @@ import pytest
 
 from gmprpc.connection import Connection
 from gmprpc.exceptions import ProtocolError
-from gmprpc.protocol import REQUEST, Decoder, Message
+from gmprpc.protocol import REQUEST, Decoder, Message, Run
 from gmprpc.requests import Requests
 
 from .fuzz import connection, decoder
@@ -78,88 +78,104 @@ def test_the_same_seed_makes_the_same_inputs() -> None:
 # What is wrong is found.
 
 
-class _Losing(Decoder):
+class _Faulty(Decoder):
+    """A decoder that is changed by what becomes of its messages."""
+
+    def messages(self, data: bytes) -> Iterator[Message]:
+        """Those that ``data`` completes."""
+        run, runs = super().feed(data)
+        yield from run
+        for run in runs or ():
+            yield from run
+
+    def feed(self, data: bytes) -> tuple[Run, Iterator[Run]]:
+        return [], ([message] for message in self.messages(data))
+
+
+class _Losing(_Faulty):
     """Loses the message that comes last before a fault."""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def messages(self, data: bytes) -> Iterator[Message]:
         messages = []
         try:
-            messages += super().feed(data)
+            messages += super().messages(data)
         except ProtocolError:
             yield from messages[:-1]
             raise
         yield from messages
 
 
-class _Late(Decoder):
+class _Late(_Faulty):
     """Hands over what is complete when more has come."""
 
     held: tuple[Message, ...] = ()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def messages(self, data: bytes) -> Iterator[Message]:
         yield from self.held
         self.held = ()
-        self.held = tuple(super().feed(data))
+        self.held = tuple(super().messages(data))
 
 
-class _Leaking(Decoder):
+class _Leaking(_Faulty):
     """Raises what isn't a ProtocolError."""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def messages(self, data: bytes) -> Iterator[Message]:
         try:
-            yield from super().feed(data)
+            yield from super().messages(data)
         except ProtocolError as exc:
             raise ValueError(str(exc)) from exc
 
 
-class _Doubling(Decoder):
+class _Doubling(_Faulty):
     """Hands over each request twice."""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        for message in super().feed(data):
+    def messages(self, data: bytes) -> Iterator[Message]:
+        for message in super().messages(data):
             yield from (message, message) if message[0] == REQUEST else (message,)
 
 
-class _Odd(Decoder):
+class _Odd(_Faulty):
     """Doesn't know its own kinds."""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        for message in super().feed(data):
+    def messages(self, data: bytes) -> Iterator[Message]:
+        for message in super().messages(data):
             yield [4, *message[1:]]
 
 
-class _ByPiece(Decoder):
+class _ByPiece(_Faulty):
     """Says something else when a stream comes in pieces."""
 
     pieces = 0
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def messages(self, data: bytes) -> Iterator[Message]:
         self.pieces += 1
         try:
-            yield from super().feed(data)
+            yield from super().messages(data)
         except ProtocolError as exc:
             raise ProtocolError(f"{exc} in piece {self.pieces}") from exc
 
 
-class _Untrue(Decoder):
-    """Always says that there is a rest."""
+class _Untrue(_Faulty):
+    """Says that there is a rest where there is none."""
 
-    is_amid_message = True
+    def messages(self, data: bytes) -> Iterator[Message]:
+        yield from super().messages(data)
+        self.unfinished = bytearray(b"x")
 
 
-class _Greedy(Decoder):
+class _Greedy(_Faulty):
     """Takes as much as is announced."""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def messages(self, data: bytes) -> Iterator[Message]:
         self.hoard = bytearray(300_000)
-        yield from super().feed(data)
+        yield from super().messages(data)
 
 
-class _Blind(Decoder):
+class _Blind(_Faulty):
     """Takes requests of any msgid for others."""
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        for message in super().feed(data):
+    def messages(self, data: bytes) -> Iterator[Message]:
+        for message in super().messages(data):
             yield [message[0], 9, *message[2:]]
 
 
@@ -172,7 +188,7 @@ class _Blind(Decoder):
         (_Doubling, STREAM, "message 1 should be"),
         (_Odd, STREAM, "no such kind"),
         (_ByPiece, STREAM, "in 21 pieces"),
-        (_Untrue, STREAM, "is_amid_message is True"),
+        (_Untrue, STREAM[:-1], "is_unfinished is True"),
         (_Greedy, STREAM, "bytes are held"),
         (_Blind, STREAM, "message 0 should be"),
     ],

@@ -26,12 +26,12 @@ from gmprpc.protocol import (
     INVALID,
     MAX_MSGID,
     NOTIFICATION,
-    PAUSE,
     REQUEST,
     RESPONSE,
     Decoder,
     Encoder,
     Message,
+    Run,
     next_msgid,
     requests_in,
     result_of,
@@ -51,8 +51,16 @@ Outcome = tuple[list[Message], ProtocolError | None]
 
 
 def fed(decoder: Decoder, data: bytes) -> Iterator[Message]:
-    """The messages that ``data`` completes, without the opportunities for others in between."""
-    return (message for message in decoder.feed(data) if message[0] != PAUSE)
+    """The messages that ``data`` completes."""
+    return (message for run in runs(decoder, data) for message in run)
+
+
+def runs(decoder: Decoder, data: bytes) -> Iterator[Run]:
+    """The same in runs, of which the empty ones are opportunities for others."""
+    run, rest = decoder.feed(data)
+    if run:
+        yield run
+    yield from rest or ()
 
 
 def decode(
@@ -66,7 +74,7 @@ def decode(
             messages += fed(decoder, piece)
     except ProtocolError as exc:
         return messages, exc
-    assert decoder.is_amid_message is rest
+    assert bool(decoder.unfinished) is rest
     return messages, None
 
 
@@ -273,7 +281,7 @@ def test_garbage_is_messages_or_a_protocol_error_the_same_in_every_split(data: b
                 messages += fed(decoder, piece)
         except ProtocolError as exc:
             return shown((messages, exc))
-        return shown((messages, None)) + str(decoder.is_amid_message)
+        return shown((messages, None)) + str(bool(decoder.unfinished))
 
     for size in (MAX_SIZE, 300, 40):
         whole = outcome(data, max_message_size=size)
@@ -642,14 +650,14 @@ def test_what_is_announced_takes_no_memory_before_it_comes(data: bytes, step: in
             assert list(fed(decoder, data[i : i + step])) == []
 
     assert peak_of(feed) < 64 * 1024 + 2 * len(data)
-    assert decoder.is_amid_message
+    assert decoder.unfinished
 
 
 @pytest.mark.parametrize("data", [b"\xdc\x01\x00" * 85, b"\xdc\x00\xf0" * 85, b"\x9f" * 256, b"\xde\x00\x7f" * 85])
 def test_what_is_decoded_on_a_guess_takes_little(data: bytes) -> None:
     decoder = Decoder(2**24)
     assert peak_of(lambda: list(fed(decoder, data))) < 256 * 1024
-    assert decoder.is_amid_message
+    assert decoder.unfinished
 
 
 def test_a_message_that_never_ends_holds_no_more_than_the_limit() -> None:
@@ -739,7 +747,7 @@ def test_releasing_amid_a_message_or_a_batch_loses_nothing() -> None:
     decoder = Decoder(MAX_SIZE)
     seen = []
     for piece in (data[:1000], data[1000:1001], data[1001:]):
-        for message in decoder.feed(piece):
+        for message in fed(decoder, piece):
             seen.append(message[1])
             decoder.release()
         decoder.release()
@@ -767,15 +775,15 @@ def test_others_get_their_turn_while_a_long_message_is_looked_through(value: byt
     looked_at = stretches = 0
     for start in range(0, len(data), piece_size):
         piece = data[start : start + piece_size]
-        pauses = list(decoder.feed(piece))
-        assert set(pauses) <= {(PAUSE, None, None, None)}
+        pauses = list(runs(decoder, piece))
+        assert all(pause == [] for pause in pauses)
         # No more than 4 KiB, and a value that reaches beyond, between two pauses.
         assert len(pauses) >= len(piece) // (4 * 1024 + len(value)) - 1
         looked_at += len(piece)
         stretches += len(pauses)
     assert looked_at == len(data)
     assert stretches <= len(data) // (4 * 1024)
-    assert decoder.is_amid_message
+    assert decoder.unfinished
 
 
 @pytest.mark.parametrize("last, expected", [(b"\x01", REQUEST), (b"\xa1\xff", INVALID)], ids=["sound", "undecodable"])
@@ -797,9 +805,9 @@ def test_a_message_comes_out_as_soon_as_it_is_complete() -> None:
     data = Encoder().request(1, "m", ["x"])
     for byte in data[:-1]:
         assert list(fed(decoder, bytes([byte]))) == []
-        assert decoder.is_amid_message
+        assert decoder.unfinished
     assert list(fed(decoder, data[-1:])) == [[0, 1, "m", ["x"]]]
-    assert not decoder.is_amid_message
+    assert not decoder.unfinished
     assert list(fed(decoder, b"")) == []
 
 
@@ -1114,7 +1122,7 @@ def outcomes_of_samples() -> Iterator[str]:
             except ProtocolError as exc:
                 yield shown((seen, exc))
             else:
-                yield shown((seen, None)) + str(decoder.is_amid_message)
+                yield shown((seen, None)) + str(bool(decoder.unfinished))
 
 
 def test_the_pure_python_msgpack_warns_and_gives_the_same_messages() -> None:

@@ -11,7 +11,7 @@ import msgpack
 
 from gmprpc import protocol
 from gmprpc.exceptions import MessageTooLarge, ProtocolError
-from gmprpc.protocol import INVALID, MAX_MSGID, NOTIFICATION, PAUSE, REQUEST, RESPONSE, Decoder, Message
+from gmprpc.protocol import INVALID, MAX_MSGID, NOTIFICATION, REQUEST, RESPONSE, Decoder, Message
 
 from .case import Case, Finding, Tally
 from .oracle import AMID_MESSAGE, CLEAN, NO_PROTOCOL, TOO_LARGE, Expectation, expectation, shown
@@ -83,10 +83,11 @@ class Outcome(NamedTuple):
 
 
 def messages_of(decoder: Decoder, data: bytes) -> Iterator[Message]:
-    """The messages that ``data`` completes, without what only lets others have a turn."""
-    for message in decoder.feed(data):
-        if message[0] != PAUSE:
-            yield message
+    """The messages that ``data`` completes."""
+    run, runs = decoder.feed(data)
+    yield from run
+    for run in runs or ():
+        yield from run
 
 
 def check(case: Case, tally: Tally) -> None:
@@ -158,8 +159,9 @@ def outcome(
                 raise Finding(f"after {fed} bytes only {count} messages, though the next one ends at {ends[count]}")
             if not expected.is_complete and count >= len(ends):
                 continue
-            if decoder.is_amid_message is (fed == ([0, *ends][min(count, len(ends))])):
-                raise Finding(f"after {fed} bytes and {count} messages is_amid_message is {decoder.is_amid_message}")
+            is_unfinished = bool(decoder.unfinished)
+            if is_unfinished is (fed == ([0, *ends][min(count, len(ends))])):
+                raise Finding(f"after {fed} bytes and {count} messages is_unfinished is {is_unfinished}")
     except MessageTooLarge as exc:
         return Outcome(messages, TOO_LARGE, str(exc))
     except ProtocolError as exc:
@@ -170,7 +172,7 @@ def outcome(
         raise Finding(
             f"after {fed} bytes in pieces of {[*map(len, pieces)][:40]}: {type(exc).__name__}: {exc}"
         ) from exc
-    return Outcome(messages, AMID_MESSAGE if decoder.is_amid_message else CLEAN, "")
+    return Outcome(messages, AMID_MESSAGE if decoder.unfinished else CLEAN, "")
 
 
 def fault_of(message: Any, array: type) -> str | None:
