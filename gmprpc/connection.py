@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import gevent
 from gevent import GreenletExit
@@ -58,6 +58,11 @@ TOO_MANY_REQUESTS: Final = "too many requests in flight"
 # For how long, and for how many messages, a connection may keep the hub before others get their turn.
 _BATCH_TIME = 0.004
 _BATCH_MESSAGES = 100
+# For how long a connection may go on reading when no other has anything to say, for how long it may wait for an answer
+# meanwhile, and how many attempts at that are skipped, at most, after one that was in vain. Picked arbitrarily.
+_STREAK_TIME = 0.0005
+_SPIN_TIME = 0.00003
+_SKIPPED_LOOKS = 1000
 # So much of what waits to be written, and the rest of its last piece, is joined for one attempt. Picked arbitrarily.
 _JOINED_SIZE = 256 * 1024
 
@@ -122,6 +127,23 @@ def current_reply() -> Reply | None:
     return reply
 
 
+class _Stage:
+    """What the connections of one hub share."""
+
+    _of_hub: ClassVar[weakref.WeakKeyDictionary[Any, _Stage]] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        #: Whose turn it was last to read.
+        self.last_reader: Connection | None = None
+
+    @classmethod
+    def of(cls, hub: Any) -> _Stage:
+        """That of ``hub``."""
+        if (stage := cls._of_hub.get(hub)) is None:
+            stage = cls._of_hub[hub] = cls()
+        return stage
+
+
 class Connection:
     """A stream with MessagePack-RPC on it.
 
@@ -147,6 +169,8 @@ class Connection:
         "_is_cut",
         "_is_reading",
         "_life",
+        "_looks_skipped",
+        "_looks_to_skip",
         "_loop",
         "_max_concurrency",
         "_max_unsent_size",
@@ -161,6 +185,7 @@ class Connection:
         "_refusals_size",
         "_requests",
         "_send",
+        "_stage",
         "_stream",
         "_todo",
         "_turn",
@@ -200,6 +225,9 @@ class Connection:
         self._inbox: Iterator[Run] | None = None  # What was read and is not decoded yet.
         self._read_watcher = self._loop.io(stream.fileno(), _READ)
         self._is_reading = False
+        self._stage = _Stage.of(self._hub)
+        # After a look for the next message that was in vain: how many are skipped, and how many of them are left.
+        self._looks_skipped = self._looks_to_skip = 0
         self._turn: Any = None  # The timer that ends a pause made for others.
         self._batch_end = 0.0
         self._is_awake = False  # Looked after by the sweeper.
@@ -403,7 +431,37 @@ class Connection:
     # Reading, in the hub.
 
     def _on_readable(self) -> None:
+        """Read what is there and carry it out; then what a peer that is quick has sent meanwhile."""
         self._read()
+        stage = self._stage
+        if stage.last_reader is not self:  # Others have something to say, too.
+            stage.last_reader = self
+            return
+        if self._looks_to_skip:
+            self._looks_to_skip -= 1
+            return
+        # To look at once whether the peer has said something saves a round of the loop: 2 µs of 20 for each message, if
+        # it has. Where it hasn't, the look was in vain, and the next ones are skipped.
+        until = self._used_at + _STREAK_TIME
+        while self._used_at < until and self._is_reading and not self._decoder.unfinished:
+            if self._read() or (len(self._pending) == 1 and self._read_soon()):
+                self._looks_skipped = 0
+            else:
+                self._looks_skipped = self._looks_to_skip = min(2 * self._looks_skipped + 1, _SKIPPED_LOOKS)
+                break
+
+    def _read_soon(self) -> bool:
+        """Wait for the answer to the only call, for a moment, without leaving; False if it hasn't come.
+
+        To sleep and to be woken up takes 35 µs where a core falls asleep meanwhile, longer than a peer on the same
+        machine takes for its answer.
+        """
+        until = perf_counter() + _SPIN_TIME
+        while perf_counter() < until:
+            os.sched_yield()
+            if self._read():
+                return True
+        return False
 
     def _read(self) -> bool:
         """Read what is there and carry it out; False if there was nothing, or what there was is the end."""
@@ -746,6 +804,8 @@ class Connection:
         self._inbox = None
         self._todo.clear()
         self._end_batch()
+        if self._stage.last_reader is self:
+            self._stage.last_reader = None
         for watcher in (self._read_watcher, self._write_watcher, self._turn):
             if watcher is not None:
                 # Before the descriptor is closed: a watcher that outlives it fires for the next owner of its number.
