@@ -6,8 +6,6 @@ It knows nothing of tables and statistics. Linux only: the load generator uses e
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import select
@@ -15,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,12 @@ from typing import Any, Self
 
 import gmprpc
 
+from .environments import Absence, Environments
+from .machine import own_versions
+from .participants import Participant
+
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 # Seconds for what takes a moment: starting an interpreter, connecting, giving up on a server that is stuck. Beyond them
 # something is wrong.
@@ -42,8 +46,6 @@ class Shape:
     connections: int
     in_flight: int
     payload_size: int = 12
-    #: How many times as fast as the peer gmprpc is to be on one shared core.
-    bar: float | None = None
 
     @property
     def name(self) -> str:
@@ -52,57 +54,28 @@ class Shape:
         return f"{self.connections}x{self.in_flight}{size}"
 
 
-@dataclass(frozen=True)
-class Server:
-    """A program that has a method ``echo`` and prints the port on which it listens."""
-
-    name: str
-    #: Its file: in ``servers/``, if the path isn't absolute.
-    source: str
-    #: The distribution that it can't do without.
-    package: str | None = None
-    #: Not of this project: it may lose calls, as long as that is said.
-    is_peer: bool = False
-
-    def is_installed(self) -> bool:
-        """Whether it can be started at all."""
-        return self.package is None or importlib.util.find_spec(self.package.replace("-", "_")) is not None
-
-    def version(self) -> str | None:
-        """The version of its package."""
-        if self.package == "gmprpc":
-            return gmprpc.__version__
-        return self.package and importlib.metadata.version(self.package)
-
-
+# One message of 300 kB, for a server that is to be in use: see `Workshop.measure`.
 _LARGE_CALL = Shape(1, 1, payload_size=300_000)
-
-GMPRPC = Server("gmprpc", "gmprpc_server.py", "gmprpc")
-PEER = Server("aio-msgpack-rpc", "aio_msgpack_rpc_server.py", "aio-msgpack-rpc", is_peer=True)
-FLOOR = Server("floor", "floor.py")
-C_ECHO = Server("c-echo", "c_echo.c")
-SERVERS = {server.name: server for server in (FLOOR, GMPRPC, PEER, C_ECHO)}
 
 
 class Workshop:
     """Has a directory for what is built; ``with`` removes it.
 
+    Peers run in the environments of ``environments``, everybody else with the interpreter that runs this.
+
     Raises:
-        BenchmarkError: something is missing: Linux, a C compiler, a second core.
+        BenchmarkError: it isn't Linux.
     """
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, environments: Environments | None = None) -> None:
         if not sys.platform.startswith("linux"):
             raise BenchmarkError("the benchmarks need Linux, for epoll and sched_setaffinity")
-        available = sorted(os.sched_getaffinity(0))
-        if cores > len(available):
-            raise BenchmarkError(f"a core each needs 2 cores, and only {len(available)} may be used here")
-        #: The core of the server.
-        self.server_core = available[0]
-        #: The core of the load generator, which may be the same.
-        self.load_core = available[cores - 1]
-        self._known: set[Server] = set()
+        #: The cores that there are for this, first the one of the servers.
+        self.cores = sorted(os.sched_getaffinity(0))
         self._directory = tempfile.TemporaryDirectory(prefix="gmprpc-bench-")
+        #: Those of the peers.
+        self.environments = environments or Environments(Path(self._directory.name, "peers"))
+        self._known: set[tuple[str, ...]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -110,52 +83,85 @@ class Workshop:
     def __exit__(self, *_: object) -> None:
         self._directory.cleanup()
 
-    def build(self, source: Path) -> Path:
-        """The program made from a C source, compiled when it is first asked for."""
-        program = Path(self._directory.name, source.stem)
+    @property
+    def server_core(self) -> int:
+        """The core of every server."""
+        return self.cores[0]
+
+    def other_core(self, cores: int) -> int:
+        """The core of whoever talks to a server: the server's own when the two share one core."""
+        if cores > len(self.cores):
+            raise BenchmarkError(f"a core each needs {cores} cores, and only {len(self.cores)} may be used here")
+        return self.cores[cores - 1]
+
+    # Building.
+
+    def build(self, name: str, *sources: Path) -> Path:
+        """The program ``name``, made from C sources when it is first asked for."""
+        program = Path(self._directory.name, name)
         if not program.exists():
             compiler = shutil.which("cc")
             if compiler is None:
                 raise BenchmarkError(
-                    f"there is no C compiler: {source.name} has to be built with `cc` (Debian: apt-get install gcc "
-                    "libc6-dev)"
+                    f"there is no C compiler: {name} has to be built with `cc` (Debian: apt-get install gcc libc6-dev)"
                 )
+            options = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
             done = subprocess.run(
-                [compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-o", program, source],
-                capture_output=True,
-                text=True,
+                [compiler, *options, "-o", program, *sources], capture_output=True, text=True, check=False
             )
             if done.returncode:
-                raise BenchmarkError(f"cc can't build {source.name}:\n{done.stderr.rstrip()}")
+                raise BenchmarkError(f"cc can't build {name}:\n{done.stderr.rstrip()}")
         return program
 
     @cached_property
     def load_generator(self) -> Path:
-        """The program made from ``load.c``."""
-        return self.build(HERE / "load.c")
+        """The program made from ``load/``."""
+        return self.build("load", *sorted((HERE / "load").glob("*.c")))
 
-    def start(self, server: Server, *arguments: str) -> RunningServer:
-        """Start ``server`` on its core, with ``arguments``, and wait until it listens."""
-        source = HERE / "servers" / server.source
-        command = [str(self.build(source))] if source.suffix == ".c" else [sys.executable, str(source)]
-        if server not in self._known:
+    # Running.
+
+    def start(self, participant: Participant, *arguments: str) -> RunningServer:
+        """Start the server of ``participant`` on its core, with ``arguments``, and wait until it listens.
+
+        Raises:
+            BenchmarkError: it can't be built, isn't installed, or doesn't listen.
+        """
+        source = HERE / "servers" / participant.server
+        program = [self.build(source.stem, source)] if source.suffix == ".c" else [self._python(participant), source]
+        command = [*map(str, program), *arguments]
+        if tuple(command) not in self._known:
             # The second start is the one to measure, as it is for users: who compiles modules has a different heap.
-            self._known.add(server)
-            self.start(server, *arguments).end()
+            self._known.add(tuple(command))
+            self.start(participant, *arguments).end()
         with on_core(self.server_core):
-            return RunningServer(server.name, [*command, *arguments], self._environment)
+            return RunningServer(participant.name, command, self._environment(participant))
 
-    @cached_property
-    def _environment(self) -> dict[str, str]:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment["PYTHONPYCACHEPREFIX"] = str(Path(self._directory.name, "bytecode"))
-        # The gmprpc that this program imports is the one that is measured, be it installed or the work tree.
-        path = [str(Path(gmprpc.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(path)
-        return environment
+    def run(self, participant: Participant, *arguments: object, core: int, seconds: float) -> dict[str, Any]:
+        """What ``participant``'s interpreter prints as JSON on its last line, given ``arguments``, on ``core``.
 
-    def measure(self, server: Server, shape: Shape, seconds: float, *, fresh: bool = False) -> dict[str, Any]:
-        """What the load generator found at a new process of ``server``; see the end of ``load.c`` for the keys.
+        It runs in the project's directory, so that ``-m tests.benchmarks.clients`` is found. It may take ``seconds``,
+        and what a start takes.
+
+        Raises:
+            BenchmarkError: it failed, or took longer.
+        """
+        command = [str(self._python(participant)), *map(str, arguments)]
+        return self._output(participant.name, command, self._environment(participant), core, seconds)
+
+    def measure(
+        self,
+        participant: Participant,
+        shape: Shape,
+        seconds: float,
+        *,
+        cores: int = 1,
+        fresh: bool = False,
+        method: str = "echo",
+        arguments: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """What the load generator found at a new process of ``participant``, and what that used meanwhile.
+
+        The figures of one run, as the JSON has them. ``cores`` is 1 if the two share one, and 2 if they don't.
 
         A process for each measurement: what a server did in another shape, or where its memory happens to lie, must not
         tell in all rounds.
@@ -164,37 +170,134 @@ class Workshop:
         block beyond 128 KiB until it has seen one of them freed. Servers that offer a larger buffer to every `recv`, as
         asyncio does, take up to twice as long for a call until then, and whether that was so at start is a matter of
         what was imported. A server in use has seen such a block.
+
+        Raises:
+            BenchmarkError: there are no figures.
         """
-        with self.start(server) as running:
+        core = self.other_core(cores)
+        with self.start(participant, *arguments) as running:
             if not fresh:
-                self._put_load(running, _LARGE_CALL, 0, 0)
-            result = self._put_load(running, shape, seconds / 4, seconds)
+                self._put_load(running, participant, _LARGE_CALL, 0, 0, core, "echo")
+            resident_before = running.resident_size()
+            running.reset_peak_size()
+            cpu_before = running.cpu_seconds()
+            result = self._put_load(running, participant, shape, seconds / 4, seconds, core, method)
             running.check()
+            cpu = running.cpu_seconds() - cpu_before
+            answered = result.pop("answered")  # Those of the warm-up, too.
+            result["server_cpu_ms_per_1000_calls"] = cpu * 1e6 / answered if answered else None
+            result["resident_before"] = resident_before
+            result["resident_under_load"] = running.peak_size()
         return result
 
-    def _put_load(self, running: RunningServer, shape: Shape, warmup: float, seconds: float) -> dict[str, Any]:
-        options = {
-            "--port": running.port,
-            "--connections": shape.connections,
-            "--in-flight": shape.in_flight,
-            "--payload-bytes": shape.payload_size,
-            "--warmup": warmup,
-            "--seconds": seconds,
-        }
-        command = [str(self.load_generator)]
-        for option, value in options.items():
-            command += [option, str(value)]
+    @contextmanager
+    def hold(
+        self, running: RunningServer, participant: Participant, connections: int, *, cores: int = 1
+    ) -> Iterator[None]:
+        """Hold idle connections to a server for a while; each has made a call, and its answer was right.
+
+        Raises:
+            BenchmarkError: not all of them could be made, or the server hasn't kept them.
+        """
+        command = self._load_command(running, participant) + [f"--connections={connections}", "--hold"]
+        with on_core(self.other_core(cores)):
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        with process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            if is_held := bool(process.stdout.readline()):
+                try:
+                    yield
+                finally:
+                    process.stdin.close()
+            reason = process.stderr.read().strip()
+        if process.returncode or not is_held:
+            raise BenchmarkError(f"{reason}{running.last_words()}")
+
+    def _load_command(self, running: RunningServer, participant: Participant) -> list[str]:
+        return [str(self.load_generator), f"--port={running.port}", f"--dialect={participant.dialect}"]
+
+    def _put_load(
+        self,
+        running: RunningServer,
+        participant: Participant,
+        shape: Shape,
+        warmup: float,
+        seconds: float,
+        core: int,
+        method: str,
+    ) -> dict[str, Any]:
+        command = self._load_command(running, participant) + [
+            f"--method={method}",
+            f"--connections={shape.connections}",
+            f"--in-flight={shape.in_flight}",
+            f"--payload-bytes={shape.payload_size}",
+            f"--warmup={warmup}",
+            f"--seconds={seconds}",
+        ]
         try:
-            with on_core(self.load_core):
+            return self._output("the load generator", command, dict(os.environ), core, warmup + seconds)
+        except BenchmarkError as exc:
+            raise BenchmarkError(f"{exc}{running.last_words()}") from None
+
+    def _output(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], core: int, seconds: float
+    ) -> dict[str, Any]:
+        try:
+            with on_core(core):
                 done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=warmup + seconds + _PATIENCE, check=False
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=seconds + _PATIENCE,
+                    check=False,
                 )
         except subprocess.TimeoutExpired:
-            raise BenchmarkError("the load generator didn't come to an end") from None
+            raise BenchmarkError(f"{name} didn't come to an end") from None
         if done.returncode:
-            raise BenchmarkError(f"the load generator failed: {done.stderr.strip()}{running.last_words()}")
-        result: dict[str, Any] = json.loads(done.stdout)
+            raise BenchmarkError(f"{name} failed: {done.stderr.strip()[-1000:]}")
+        try:
+            result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        except (IndexError, ValueError):
+            raise BenchmarkError(f"{name} printed no figures: {done.stdout[-1000:]!r}") from None
         return result
+
+    def versions(self, participant: Participant) -> dict[str, str]:
+        """What runs when ``participant`` does.
+
+        Raises:
+            BenchmarkError: it isn't installed.
+        """
+        if participant.server.endswith(".c"):
+            return {}
+        if not participant.has_environment:
+            return own_versions()
+        try:
+            return self.environments.versions(participant)
+        except Absence as absence:
+            raise BenchmarkError(str(absence)) from absence
+
+    def _python(self, participant: Participant) -> Path:
+        try:
+            return self.environments.python(participant)
+        except Absence as absence:
+            raise BenchmarkError(str(absence)) from absence
+
+    def _environment(self, participant: Participant) -> dict[str, str]:
+        """The variables for a process of ``participant``."""
+        without = {"PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME"}
+        environment = {name: value for name, value in os.environ.items() if name not in without}
+        environment["PYTHONPYCACHEPREFIX"] = str(Path(self._directory.name, "bytecode"))
+        if not participant.has_environment:
+            # The gmprpc that this program imports is the one that is measured, be it installed or the work tree.
+            path = [str(Path(gmprpc.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(path)
+        return environment
 
 
 class RunningServer:
@@ -243,6 +346,19 @@ class RunningServer:
     def resident_size(self) -> int:
         """The bytes of its memory that are resident now."""
         return self.memory("VmRSS")
+
+    def peak_size(self) -> int:
+        """The most of them that there were at any moment since `reset_peak_size`."""
+        return self.memory("VmHWM")
+
+    def reset_peak_size(self) -> None:
+        """`peak_size` is about what comes from now on."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def cpu_seconds(self) -> float:
+        """CPU time that it has used, in all its threads, those that have ended too."""
+        # The clock of another process, as clock_getcpuclockid(3) finds it: to the nanosecond, where /proc has ticks.
+        return time.clock_gettime(~self.pid << 3 | 2)
 
     def memory(self, figure: str) -> int:
         """One of the sizes, in bytes, that ``/proc/PID/status`` has."""

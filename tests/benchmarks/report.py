@@ -1,193 +1,239 @@
-"""What was measured, put into words: the conditions, the table, what went wrong."""
+"""What was measured, as tables, and whether the bars were reached: from the JSON alone, so that old ones can be read.
+
+``python -m tests.benchmarks.report FILE`` prints what the benchmark printed.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from .processes import C_ECHO, GMPRPC, PEER, Server, Shape, Workshop
+from .bars import GMPRPC, RATE, kib_for_each, verdicts
+from .machine import machine_line, versions_line
+from .results import Results, Series, fault, ratio
+
+C_ECHO = "c-echo"
+
+ARRANGEMENTS = {1: "one core for both", 2: "a core each"}
+
+# What `lines` writes to the right.
+_RATE_TITLES = [">calls/s", ">p50 µs", ">p99 µs", ">p99.9 µs"]
+_RATES = {RATE: "{:,.0f}", "p50_us": "{:,.1f}", "p99_us": "{:,.1f}", "p999_us": "{:,.1f}"}
+_COST_TITLES = [">CPU ms/1,000", ">MiB before", ">MiB under load"]
+_MIB = 1024 * 1024
+
+_AXES = {
+    "connections": "connections, one call in flight on each",
+    "methods": "registered methods, 64 calls in flight on one connection",
+    "payload": "bytes of payload, one call at a time",
+    "blocking": "calls in flight whose handlers block for 1 ms",
+}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One measurement of one server in one shape."""
-
-    server: Server
-    shape: Shape
-    round: int
-    #: What the load generator found.
-    result: dict[str, Any] = field(default_factory=dict)
-    #: Why there is no result.
-    failure: str | None = None
-
-    @property
-    def rate(self) -> float:
-        """Calls per second."""
-        return float(self.result["calls_per_second"])
-
-    @property
-    def fault(self) -> str | None:
-        """Why this run can't be compared with others."""
-        if self.failure is not None:
-            return self.failure
-        counts = {
-            "wrong answers": self.result["errors"],
-            "calls unanswered": self.result["unanswered"],
-            "connections lost": self.result["lost_connections"],
-            "connections without any answer": self.result["silent_connections"],
-        }
-        faults = [f"{count} {what}" for what, count in counts.items() if count]
-        if not faults and self.result["is_complete"]:
-            return None
-        first = self.result["first_error"]
-        return ", ".join(faults or ["not measured to the end"]) + (f"; first {first}" if first else "")
-
-    @property
-    def is_failure(self) -> bool:
-        """Whether the benchmark as a whole has failed: a peer that loses calls is only named."""
-        if self.failure is not None or self.result["errors"]:
-            return True
-        return not self.server.is_peer and self.fault is not None
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything about this run."""
-        conditions = {
-            "server": self.server.name,
-            "shape": self.shape.name,
-            "connections": self.shape.connections,
-            "in_flight": self.shape.in_flight,
-            "payload_bytes": self.shape.payload_size,
-            "round": self.round,
-        }
-        return conditions | ({"failure": self.failure} if self.failure is not None else self.result)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.report", description=__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the JSON")
+    options = parser.parse_args(arguments)
+    print(report(json.loads(options.file.read_text())))
+    return 0
 
 
-def machine() -> dict[str, Any]:
-    """Where this runs."""
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }
+def report(document: Mapping[str, Any]) -> str:
+    """All of it."""
+    results = Results(document)
+    return "\n\n".join([heading(results), *_sections(results)])
 
 
-def versions(servers: Iterable[Server]) -> dict[str, str]:
-    """What was measured, and what it runs on."""
-    found = {platform.python_implementation(): platform.python_version()}
-    for server in servers:
-        if version := server.version():
-            found[server.name] = version
-    return found | {package: importlib.metadata.version(package) for package in ("gevent", "greenlet", "msgpack")}
-
-
-def conditions(workshop: Workshop, servers: Sequence[Server]) -> dict[str, Any]:
-    """The machine, the versions, and who had which core."""
-    return {
-        "machine": machine(),
-        "versions": versions(servers),
-        "cores": {"server": workshop.server_core, "load_generator": workshop.load_core},
-    }
-
-
-def heading(facts: dict[str, Any]) -> str:
-    """``conditions`` in three lines."""
-    where, cores = facts["machine"], facts["cores"]
-    pinned = (
-        f"server and load generator share core {cores['server']}"
-        if cores["server"] == cores["load_generator"]
-        else f"server on core {cores['server']}, load generator on core {cores['load_generator']}"
+def heading(results: Results) -> str:
+    """Where, what and how; and who is missing."""
+    options = results.options
+    state = "fresh from the start" if options["is_fresh"] else "in use: each has had one large message before"
+    pins = "; ".join(
+        f"{ARRANGEMENTS[int(cores)]}: server on {of['server']}, the other on {of['other']}"
+        for cores, of in options["pinned"].items()
     )
-    return "\n".join(
-        (
-            ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-            f"{where['processor']}, {where['cores']} cores, {where['system']}",
-            f"{pinned}; load average before: {where['load_average_before']}",
-        )
-    )
+    ours = results.subjects.get(GMPRPC, {}).get("versions")
+    parts = [
+        machine_line(results.machine),
+        f"core numbers: {pins}",
+        f"{options['rounds']} rounds of {options['seconds']:g} s, less where that is said; medians",
+        "ratios are of medians; in brackets the lowest and the highest within a round",
+        f"processes {state}",
+        "",
+    ]
+    for name, subject in results.subjects.items():
+        if subject["absence"] is not None:
+            parts.append(f"{name} is not measured: {subject['absence']}")
+        elif subject["versions"] and (name == GMPRPC or subject["versions"] != ours):
+            parts.append(f"{name}: {versions_line(subject['versions'])}")
+    return "\n".join(parts)
 
 
-def ratios(runs: Sequence[Run], shape: Shape, server: Server, other: Server) -> list[float]:
-    """``server``'s rate by ``other``'s, each pair from one round; empty if any run of the two is at fault."""
-    ours, theirs = _of(runs, shape, server), _of(runs, shape, other)
-    if not ours or not theirs or any(run.fault for run in (*ours, *theirs)):
-        return []
-    return [one.rate / another.rate for one, another in zip(ours, theirs, strict=True)]
+def _sections(results: Results) -> Iterator[str]:
+    for cores, arrangement in ARRANGEMENTS.items():
+        if results.runs("server", cores=cores):
+            yield f"Servers, {arrangement}\n\n{_servers(results, cores)}"
+    if results.runs("server", subject=C_ECHO):
+        title = "The load generator at a server that only copies bytes, beside the fastest of the servers above"
+        yield f"{title}\n\n{_self_check(results)}"
+    for cores, arrangement in ARRANGEMENTS.items():
+        if results.runs("client", cores=cores):
+            yield f"Clients, {arrangement}\n\n{_clients(results, cores)}"
+    for cores, arrangement in ARRANGEMENTS.items():
+        for axis in results.values("axis", "growth", cores=cores):
+            title = f"Calls/s over {_AXES.get(axis, axis)}, {arrangement}"
+            yield f"{title}\n\n{_growth(results, cores, axis)}"
+    if results.runs("idle"):
+        yield f"Idle connections\n\n{_idle(results)}"
+    if found := list(verdicts(results)):
+        rows = [
+            [verdict.what, ARRANGEMENTS[verdict.cores], verdict.bar, verdict.figure, verdict.words] for verdict in found
+        ]
+        yield f"The figures to reach\n\n{lines(['what', 'cores', 'bar', 'found', ''], rows)}"
 
 
-def table(runs: Sequence[Run], shapes: Sequence[Shape], servers: Sequence[Server], *, on_one_core: bool) -> str:
-    """Medians for each server in each shape, and how they compare with the peer."""
-    head = ["shape", "server", "calls/s", "p50 µs", "p99 µs", f"x {PEER.name}", "remarks"]
+def _servers(results: Results, cores: int) -> str:
     rows = []
-    for shape in shapes:
-        for server in servers:
-            taken = _of(runs, shape, server)
-            row = [shape.name, server.name]
-            if fault := next((run.fault for run in taken if run.fault), None):
-                # Its rate says nothing: who leaves calls lying has less to do.
-                rows.append([*row, "", "", "", "", f"not compared: {fault.splitlines()[0]}"])
+    for shape in results.values("shape", "server", cores=cores):
+        where = {"cores": cores, "shape": shape}
+        for name in _in_order(results, results.values("subject", "server", **where)):
+            if name == C_ECHO:
                 continue
-            row.append(f"{median(run.rate for run in taken):,.0f}")
-            row += [f"{median(run.result[key] for run in taken):,.1f}" for key in ("p50_us", "p99_us")]
-            against_peer = ratios(runs, shape, server, PEER) if server != PEER else []
-            row.append(_spread(against_peer) if against_peer else "")
-            if server == GMPRPC and shape.bar is not None and against_peer and on_one_core:
-                reached = "reached" if median(against_peer) >= shape.bar else "not reached"
-                row.append(f"bar {shape.bar:g} {reached}")
-            rows.append(row)
-    return lines(head, rows)
+            runs = {"kind": "server", "subject": name, **where}
+            rates = results.series(RATE, **runs)
+            row = [shape, name]
+            if rates.fault:
+                rows.append([*row, *[""] * 8, _excuse(results, name, rates)])
+                continue
+            row += _medians(results, runs, _RATES)
+            cpu = results.series("server_cpu_ms_per_1000_calls", **runs)
+            row.append(f"{cpu.median:.1f}" if cpu.values else "")
+            for key in ("resident_before", "resident_under_load"):
+                row.append(f"{results.series(key, **runs).median / _MIB:.1f}")
+            rows.append([*row, _against(results, rates, "server", where, name)])
+    return lines(["shape", "server", *_RATE_TITLES, *_COST_TITLES, ">gmprpc is x", "remarks"], rows)
 
 
-def self_check(runs: Sequence[Run], shapes: Sequence[Shape], servers: Sequence[Server]) -> str:
-    """How the load generator at a server that does nothing compares with the fastest of the others."""
-    others = [server for server in servers if server != C_ECHO]
+def _self_check(results: Results) -> str:
     rows = []
-    for shape in shapes:
-        taken = _of(runs, shape, C_ECHO)
-        if any(run.fault for run in taken):
-            continue
-        rate = median(run.rate for run in taken)
-        own = median(run.result["generator_cpu"] / run.rate * 1e6 for run in taken)
-        row = [shape.name, f"{rate:,.0f}", f"{own:.2f}"]
-        rates = {
-            server.name: median(run.rate for run in _of(runs, shape, server))
-            for server in others
-            if not any(run.fault for run in _of(runs, shape, server))
-        }
-        if rates:
-            fastest = max(rates, key=rates.__getitem__)
-            row.append(f"{rate / rates[fastest]:.2f} x {fastest}")
+    for cores, arrangement in ARRANGEMENTS.items():
+        for shape in results.values("shape", "server", cores=cores, subject=C_ECHO):
+            where = {"cores": cores, "shape": shape}
+            rates = {
+                name: results.series(RATE, "server", subject=name, **where)
+                for name in results.values("subject", "server", **where)
+            }
+            echo = rates.pop(C_ECHO)
+            row = [arrangement, shape]
+            if not echo.is_comparable:
+                rows.append([*row, "", "", f"not measured: {_first_line(echo.fault or '')}"])
+                continue
+            own = results.series(lambda run: run["generator_cpu"] / run[RATE] * 1e6, "server", subject=C_ECHO, **where)
+            row += [f"{echo.median:,.0f}", f"{own.median:.2f}"]
+            comparable = {name: series for name, series in rates.items() if series.is_comparable}
+            if comparable:
+                fastest = max(comparable, key=lambda name: comparable[name].median)
+                by = echo.median / comparable[fastest].median
+                row += [f"{by:.2f} x {fastest}", "outruns it" if by > 1 else "does not outrun it"]
+            rows.append(row)
+    return lines(["cores", "shape", ">calls/s", ">generator's µs per call", "the fastest server", ""], rows)
+
+
+def _clients(results: Results, cores: int) -> str:
+    rows = []
+    for mode in results.values("mode", "client", cores=cores):
+        where = {"cores": cores, "mode": mode}
+        for name in _in_order(results, results.values("subject", "client", **where)):
+            runs = {"kind": "client", "subject": name, **where}
+            callers = results.values("callers", **runs)[0]
+            rates = results.series(RATE, **runs)
+            row = [f"{mode}, {callers}", name]
+            if rates.fault:
+                rows.append([*row, *[""] * 5, f"not compared: {_first_line(rates.fault)}"])
+                continue
+            row += _medians(results, runs, _RATES)
+            rows.append([*row, _against(results, rates, "client", where, name)])
+    return lines(["mode, callers", "client", *_RATE_TITLES, ">gmprpc is x", "remarks"], rows)
+
+
+def _growth(results: Results, cores: int, axis: str) -> str:
+    where = {"cores": cores, "axis": axis}
+    names = _in_order(results, results.values("subject", "growth", **where))
+    rows = []
+    remarks: dict[str, list[str]] = {}
+    for value in results.values("value", "growth", **where):
+        row = [f"{value:,}"]
+        for name in names:
+            rates = results.series(RATE, "growth", subject=name, value=value, **where)
+            row.append(f"{rates.median:,.0f}" if rates.is_comparable else "")
+            if rates.fault:
+                reason = f"{name} is not compared: {_first_line(rates.fault)}"
+                remarks.setdefault(reason, []).append(f"{value:,}")
         rows.append(row)
-    return lines(["shape", "calls/s at c-echo", "generator's µs per call", "the fastest server"], rows)
+    table = lines([f">{axis}", *(f">{name}" for name in names)], rows)
+    return "\n".join([table, *(f"{reason} (at {', '.join(values)})" for reason, values in remarks.items())])
+
+
+def _idle(results: Results) -> str:
+    rows = []
+    for run in results.runs("idle"):
+        row = [run["subject"], f"{run['connections']:,}"]
+        if reason := fault(run):
+            rows.append([*row, *[""] * 4, _first_line(reason)])
+            continue
+        sizes = [f"{run[key] / 1024:,.0f}" for key in ("resident_before", "resident_quiet")]
+        remark = "no more files may be open" if run["connections"] < run["connections_wanted"] else ""
+        rows.append([*row, *sizes, f"{kib_for_each(run, 'in_use'):.1f}", f"{kib_for_each(run):.1f}", remark])
+    titles = [">connections", ">KiB before", ">KiB with them", ">KiB for each in use", ">KiB for each idle", "remarks"]
+    return lines(["server", *titles], rows)
+
+
+def _medians(results: Results, runs: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
+    return [form.format(results.series(key, **runs).median) for key, form in figures.items()]
+
+
+def _against(results: Results, rates: Series, kind: str, where: Mapping[str, Any], name: str) -> str:
+    """How many times as fast as ``name`` gmprpc is."""
+    if name == GMPRPC:
+        return ""
+    found = ratio(results.series(RATE, kind, subject=GMPRPC, **where), rates)
+    return "" if found is None else f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})"
+
+
+def _in_order(results: Results, names: Sequence[str]) -> list[str]:
+    """``names`` in the order of the subjects: who comes first in a round changes."""
+    order = list(results.subjects)
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _excuse(results: Results, name: str, rates: Series) -> str:
+    """Why a server isn't compared, with what is known of it."""
+    known = results.subjects.get(name, {}).get("remark")
+    is_known = known is not None and rates.fault is not None and "unanswered" in rates.fault
+    return f"not compared: {_first_line(rates.fault or '')}" + (f" ({name} {known})" if is_known else "")
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""
 
 
 def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: columns of figures, which name a unit, to the right, others to the left."""
-    widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
-    is_figure = [any(unit in title for unit in ("/s", "µs", "KiB")) for title in head]
+    """A plain table; columns whose title begins with ``>`` are written to the right."""
+    is_right = [title.startswith(">") for title in head]
+    titles = [title.removeprefix(">") for title in head]
+    widths = [max(len(row[column]) for row in [titles, *rows] if column < len(row)) for column in range(len(titles))]
 
     def line(row: Sequence[str]) -> str:
-        cells = zip(row, widths, is_figure, strict=False)  # A row may end early.
+        cells = zip(row, widths, is_right, strict=False)  # A row may end early.
         return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()
 
-    rule = ["-" * (width if right else min(width, 20)) for width, right in zip(widths, is_figure, strict=True)]
-    return "\n".join(map(line, [head, rule, *rows]))
+    rule = ["-" * (width if right else min(width, 20)) for width, right in zip(widths, is_right, strict=True)]
+    return "\n".join(map(line, [titles, rule, *rows]))
 
 
-def _of(runs: Sequence[Run], shape: Shape, server: Server) -> list[Run]:
-    return [run for run in runs if run.shape == shape and run.server == server]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+if __name__ == "__main__":
+    sys.exit(main())

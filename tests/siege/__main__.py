@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -22,9 +21,9 @@ if not sys.platform.startswith("linux"):
 
 import gevent
 
+from tests.benchmarks.machine import machine, machine_line, own_versions, versions_line
 from tests.benchmarks.memory import connections_allowed
-from tests.benchmarks.processes import GMPRPC, BenchmarkError, Workshop, on_core
-from tests.benchmarks.report import conditions, heading
+from tests.benchmarks.processes import BenchmarkError, Workshop, on_core
 
 from . import report
 from .field import Field
@@ -51,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     try:
         with (
-            Workshop(min(2, len(os.sched_getaffinity(0)))) as workshop,
+            Workshop() as workshop,
             tempfile.TemporaryDirectory(prefix="gmprpc-siege-") as directory,
-            on_core(workshop.load_core),
+            on_core(workshop.other_core(min(2, len(workshop.cores)))),
         ):
-            facts = conditions(workshop, [GMPRPC])
-            print(heading(facts))
+            facts = {
+                "machine": machine(),
+                "versions": own_versions(),
+                "cores": {"server": workshop.server_core, "besiegers": workshop.cores[:2][-1]},
+            }
+            print(f"{machine_line(facts['machine'])}\n{versions_line(facts['versions'])}")
             print(f"\n{report.heading()}", flush=True)
             field = Field(workshop, Path(directory), is_short=options.short)
             for name in options.names or TRIALS:

@@ -21,14 +21,15 @@ import gevent
 import trustme
 from gevent import socket, ssl
 
-from tests.benchmarks.processes import Server, Workshop
+from tests.benchmarks.participants import Participant
+from tests.benchmarks.processes import Workshop
 from tests.helpers import Peer
 from tests.programs import Program
 
 from .report import Row, below, failure
 
 _PROGRAMS = Path(__file__).parent / "programs"
-SERVER = Server("the server", str(_PROGRAMS / "server.py"), "gmprpc")
+SERVER = Participant("the server", str(_PROGRAMS / "server.py"))
 
 #: The bar for the bystander's p99: made for the floods, and elsewhere there is less to bear.
 P99_BAR = 0.05
@@ -129,16 +130,15 @@ class Target:
 
     def reset_peak(self) -> None:
         """`peak_size` is about what comes from now on."""
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        self.process.reset_peak_size()
 
     def peak_size(self) -> int:
         """The most bytes of resident memory that there were at any moment."""
-        return self.process.memory("VmHWM")
+        return self.process.peak_size()
 
     def cpu_seconds(self) -> float:
         """CPU time that all threads have used."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
-        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        return self.process.cpu_seconds()
 
     def unread_size(self) -> int:
         """Bytes that have arrived for the server and that it hasn't read."""

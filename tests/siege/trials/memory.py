@@ -13,7 +13,7 @@ from tests.benchmarks.memory import connections_allowed, measure_running
 from tests.helpers import Peer
 from tests.siege import attacks
 from tests.siege.attacks import HEAD, MAX_MESSAGE_SIZE, pack
-from tests.siege.field import QUIET, Field, SiegeError, Target, is_closed_by_server
+from tests.siege.field import QUIET, SERVER, Field, SiegeError, Target, is_closed_by_server
 from tests.siege.report import KIB, MIB, Row, at_most, below, exactly, reported
 
 _UNFINISHED_SIZE = 64 * KIB
@@ -238,7 +238,7 @@ def idle(field: Field) -> Iterator[Row]:
     wanted = field.choose(10_000, 1000)
     connections = connections_allowed(wanted)
     with field.besieged(pause=0.01) as (target, bystander):
-        sizes = measure_running(target.process, connections, QUIET)
+        sizes = measure_running(field.workshop, target.process, SERVER, connections, QUIET)
         for state in ("in_use", "quiet"):
             each = (sizes[state] - sizes["before"]) / connections
             if state == "quiet":
