@@ -58,7 +58,7 @@ TOO_MANY_REQUESTS: Final = "too many requests in flight"
 # For how long, and for how many messages, a connection may keep the hub before others get their turn.
 _BATCH_TIME = 0.004
 _BATCH_MESSAGES = 100
-# For how long a connection may go on reading when no other has anything to say, for how long it may wait for an answer
+# For how long a connection may go on reading when no other has anything to say, for how long it may wait for more
 # meanwhile, and how many attempts at that are skipped, at most, after one that was in vain. Picked arbitrarily.
 _STREAK_TIME = 0.0005
 _SPIN_TIME = 0.00003
@@ -444,20 +444,20 @@ class Connection:
         # it has. Where it hasn't, the look was in vain, and the next ones are skipped.
         until = self._used_at + _STREAK_TIME
         while self._used_at < until and self._is_reading and not self._decoder.unfinished:
-            if self._read() or (len(self._pending) == 1 and self._read_soon()):
+            if self._read() or self._read_soon():
                 self._looks_skipped = 0
             else:
                 self._looks_skipped = self._looks_to_skip = min(2 * self._looks_skipped + 1, _SKIPPED_LOOKS)
                 break
 
     def _read_soon(self) -> bool:
-        """Wait for the answer to the only call, for a moment, without leaving; False if it hasn't come.
+        """Wait a moment for what the peer says next, without leaving; False if it hasn't said anything.
 
         To sleep and to be woken up takes 35 µs where a core falls asleep meanwhile, longer than a peer on the same
-        machine takes for its answer.
+        machine takes to answer or to ask again.
         """
         until = perf_counter() + _SPIN_TIME
-        while perf_counter() < until:
+        while perf_counter() < until and not self._loop.pendingcnt:  # Nothing else has happened in this round.
             os.sched_yield()
             if self._read():
                 return True
