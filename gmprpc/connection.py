@@ -163,6 +163,7 @@ class Connection:
         "_inbox",
         "_is_abandoned",
         "_is_aborted",
+        "_is_amid_read",
         "_is_amid_write",
         "_is_active",
         "_is_awake",
@@ -225,6 +226,7 @@ class Connection:
         self._inbox: Iterator[Run] | None = None  # What was read and is not decoded yet.
         self._read_watcher = self._loop.io(stream.fileno(), _READ)
         self._is_reading = False
+        self._is_amid_read = False  # What is taken out of the stream has not been taken in here yet.
         self._stage = _Stage.of(self._hub)
         # After a look for the next message that was in vain: how many are skipped, and how many of them are left.
         self._looks_skipped = self._looks_to_skip = 0
@@ -432,23 +434,31 @@ class Connection:
 
     def _on_readable(self) -> None:
         """Read what is there and carry it out; then what a peer that is quick has sent meanwhile."""
-        self._read()
-        stage = self._stage
-        if stage.last_reader is not self:  # Others have something to say, too.
-            stage.last_reader = self
-            return
-        if self._looks_to_skip:
-            self._looks_to_skip -= 1
-            return
-        # To look at once whether the peer has said something saves a round of the loop: 2 µs of 20 for each message, if
-        # it has. Where it hasn't, the look was in vain, and the next ones are skipped.
-        until = self._used_at + _STREAK_TIME
-        while self._used_at < until and self._is_reading and not self._decoder.unfinished:
-            if self._read() or self._read_soon():
-                self._looks_skipped = 0
-            else:
-                self._looks_skipped = self._looks_to_skip = min(2 * self._looks_skipped + 1, _SKIPPED_LOOKS)
-                break
+        try:
+            self._read()
+            stage = self._stage
+            if stage.last_reader is not self:  # Others have something to say, too.
+                stage.last_reader = self
+                return
+            if self._looks_to_skip:
+                self._looks_to_skip -= 1
+                return
+            # To look at once whether the peer has said something saves a round of the loop: 2 µs of 20 for each
+            # message, if it has. Where it hasn't, the look was in vain, and the next ones are skipped.
+            until = self._used_at + _STREAK_TIME
+            while self._used_at < until and self._is_reading and not self._decoder.unfinished:
+                if self._read() or self._read_soon():
+                    self._looks_skipped = 0
+                else:
+                    self._looks_skipped = self._looks_to_skip = min(2 * self._looks_skipped + 1, _SKIPPED_LOOKS)
+                    break
+        except BaseException:
+            # Ctrl-C has struck here, as it does in a caller that waits for a quick peer. It must not escape: the loop
+            # stops the watcher of a callback that raises.
+            self._hub.handle_error(self, *sys.exc_info())
+            if self._is_amid_read and self._phase < _CLOSED:  # What comes next in the stream isn't known any more.
+                self._lose(RuntimeError("interrupted while reading"))
+            self._settle()
 
     def _read_soon(self) -> bool:
         """Wait a moment for what the peer says next, without leaving; False if it hasn't said anything.
@@ -467,9 +477,11 @@ class Connection:
         """Read what is there and carry it out; False if there was nothing, or what there was is the end."""
         if self._phase >= _DEAF or self._todo or self._inbox is not None:
             return False
+        self._is_amid_read = True
         try:
             data = self._recv()
         except BlockingIOError:
+            self._is_amid_read = False
             if self._phase == _FINISHING:
                 self._phase = _DRAINED
                 self._settle()
@@ -493,6 +505,7 @@ class Connection:
             if not self._is_awake:
                 self._stay_awake()
         self._decode(data)
+        self._is_amid_read = False
         self._carry_on()
         return True
 

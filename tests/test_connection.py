@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -741,21 +743,60 @@ def test_who_waits_for_a_connection_that_has_ended_waits_for_nothing(pair: Pair)
     assert pair.connection.wait() is True
 
 
+@pytest.fixture
+def interrupts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the main greenlet would have been interrupted with."""
+    interrupts: list[Any] = []
+    monkeypatch.setattr(gevent.get_hub(), "handle_system_error", lambda *args: interrupts.append(args[0]))
+    return interrupts
+
+
+@pytest.mark.usefixtures("capfd")
 def test_a_ctrl_c_amid_decoding_ends_the_connection(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, interrupts: list[Any]
 ) -> None:
     feed = Decoder.feed
 
-    def struck(decoder: Decoder, data: bytes) -> Iterator[Any]:
-        yield from feed(decoder, data)
+    def struck(decoder: Decoder, data: bytes) -> Any:
         if decoder is pair.connection._decoder:
             raise KeyboardInterrupt
+        return feed(decoder, data)
 
-    hub = gevent.get_hub()
-    system_errors: list[Any] = []
-    monkeypatch.setattr(hub, "handle_system_error", lambda *args: system_errors.append(args[0]))
     monkeypatch.setattr(Decoder, "feed", struck)
     pair.peer.send([0, 1, "echo", ["before"]])
     error = pair.life.get()
     assert str(error) == "connection lost: interrupted while decoding"
-    assert system_errors == [KeyboardInterrupt]
+    assert interrupts == [KeyboardInterrupt]
+
+
+@pytest.mark.usefixtures("capfd")
+def test_a_ctrl_c_amid_reading_ends_the_connection(pair: Pair, interrupts: list[Any]) -> None:
+    recv = pair.connection._recv
+
+    def struck() -> bytes:
+        recv()
+        raise KeyboardInterrupt
+
+    pair.connection._recv = struck
+    pair.peer.send([0, 1, "echo", ["lost"]])
+    error = pair.life.get()
+    assert str(error) == "connection lost: interrupted while reading"
+    assert interrupts == [KeyboardInterrupt]
+
+
+@pytest.mark.usefixtures("capfd")
+def test_a_ctrl_c_in_the_wait_for_a_quick_peer_costs_nothing(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, interrupts: list[Any]
+) -> None:
+    def struck() -> None:
+        if not interrupts:
+            raise KeyboardInterrupt
+
+    pair.peer.call("echo", 1)  # From now on it was the last that had something to say.
+    call = pair.connection.call_async("question")
+    assert pair.peer.receive()[2] == "question"
+    monkeypatch.setattr(os, "sched_yield", struck)
+    assert pair.peer.call("echo", 2) == [1, 0, None, 2]
+    assert interrupts == [KeyboardInterrupt]
+    pair.peer.send([1, 0, None, "answer"])
+    assert call.get() == "answer"
