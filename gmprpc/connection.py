@@ -817,8 +817,6 @@ class Connection:
         self._inbox = None
         self._todo.clear()
         self._end_batch()
-        if self._stage.last_reader is self:
-            self._stage.last_reader = None
         for watcher in (self._read_watcher, self._write_watcher, self._turn):
             if watcher is not None:
                 # Before the descriptor is closed: a watcher that outlives it fires for the next owner of its number.
@@ -852,6 +850,8 @@ class Connection:
         self._decoder.abandon()
         self._release()
         Sweeper.of(self._hub).forget(self)
+        if self._stage.last_reader is self:
+            self._stage.last_reader = None
 
     def _stay_awake(self) -> None:
         self._is_awake = True

@@ -25,7 +25,7 @@ from gmprpc.protocol import Decoder
 from gmprpc.streams import PlainStream
 from gmprpc.sweeper import Sweeper
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, collected, wait_until
 
 
 class Pair:
@@ -563,6 +563,18 @@ def test_nothing_is_left_of_a_connection_that_has_ended(service: gmprpc.Service)
     pair.life.join()
     wait_until(lambda: all(request.dead for request in greenlets))
     assert not pair.connection._requests.greenlets
+
+
+def test_nobody_holds_a_connection_that_has_ended(service: gmprpc.Service) -> None:
+    pair = Pair(service)
+    pair.peer.call("echo", 1)
+    connection = weakref.ref(pair.connection)
+    pair.peer.close()
+    pair.life.join()
+    gevent.sleep(0)
+    del pair
+    collected()
+    assert connection() is None
 
 
 def test_nothing_is_kept_of_requests_that_took_longer_than_the_connection_was_busy(service: gmprpc.Service) -> None:
