@@ -745,8 +745,9 @@ class Connection:
                 self._refusals_size = 0
                 return
         self._unsent_answers += answers
+        self._requests.lead_end = 0.0  # Each answer more takes a place from now on: the hub has to look.
         if self._is_choked():
-            self._end_batch()
+            self._batch_end = 0.0
 
     def _is_choked(self) -> bool:
         """True when so much waits to be sent that the peer isn't to be read any further."""

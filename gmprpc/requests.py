@@ -35,8 +35,10 @@ logger = logging.getLogger("gmprpc.connection")
 
 DROPPED_REPLY: Final = "the reply was dropped unanswered"
 
-# An answer of this size doesn't wait for others to be sent together with it. Picked arbitrarily.
-_LARGE_ANSWER = 16 * 1024
+# So much of answers doesn't wait for others to be sent together with them, of which those up to the second size aren't
+# counted: there are no more of them than a batch has messages. Picked arbitrarily.
+_LARGE_ANSWERS = 16 * 1024
+_SMALL_ANSWER = 1024
 
 _RAISE: Final = dis.opmap["RAISE_VARARGS"]
 
@@ -85,6 +87,7 @@ class Requests:
         "_reuse_greenlets",
         "deferred",
         "encoder",
+        "gathered",
         "greenlets",
         "hub",
         "idle",
@@ -116,6 +119,8 @@ class Requests:
         #: go on with that by itself. 0 is not at all: out of a batch only the hub says what comes next.
         self.todo: list[Message] = []
         self.lead_end = 0.0
+        #: The size of the answers, but for the small ones, that have gathered since they were sent for it.
+        self.gathered = 0
         #: What will complete later, Replies weakly, so that it can be noticed when nobody is left to answer.
         self.deferred: dict[int, Any] = {}
         self._deferred_keys = count()
@@ -344,8 +349,11 @@ class RequestGreenlet(_Greenlet):
                     if msgid is not None:
                         answer = pack([RESPONSE, msgid, None, result])
                         out.append(answer)
-                        if len(answer) > _LARGE_ANSWER:
-                            owner.flush()
+                        if len(answer) > _SMALL_ANSWER:
+                            requests.gathered += len(answer)
+                            if requests.gathered > _LARGE_ANSWERS:
+                                requests.gathered = 0
+                                owner.flush()
                             if len(answer) > _KEPT_SIZE:
                                 pack = requests.encoder.new_pack()
                     elif is_deferred(result):

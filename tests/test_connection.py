@@ -253,6 +253,34 @@ def test_of_what_comes_at_once_no_more_is_carried_out_than_there_are_places(make
         stuck.peer.receive()
 
 
+def test_no_more_places_than_there_are_are_taken_though_an_answer_gets_stuck_amid_a_batch(
+    service: gmprpc.Service, make_stuck: Callable[..., Stuck]
+) -> None:
+    service.register(lambda: b"y" * 20_000, "give")
+    stuck = make_stuck(max_concurrency=20)
+    stuck.peer.send([0, 0, "give", []], *[[0, 0, "count", []]] * 50)
+    wait_until(lambda: stuck.calls and not stuck.connection._is_reading)
+    assert stuck.calls == 19
+    assert stuck.connection.in_flight == 20
+    stuck.let_go()
+    for _ in range(51):
+        stuck.peer.receive()
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1100, 16_000, 17_000])
+def test_however_large_the_answers_of_a_batch_are_not_much_more_than_max_unsent_size_gathers(
+    service: gmprpc.Service, make_stuck: Callable[..., Stuck], size: int
+) -> None:
+    service.register(lambda: b"y" * size, "give")
+    stuck = make_stuck(max_concurrency=None, max_unsent_size=50_000)
+    stuck.peer.send(*[[0, 0, "give", []]] * 380)  # As many as are read at once.
+    wait_until(lambda: stuck.connection._backlog)
+    assert stuck.connection._backlog_size < 50_000 + 2 * 17_000 + 380 * 1024
+    stuck.let_go()
+    for _ in range(380):
+        assert len(stuck.peer.receive()[3]) == size
+
+
 def test_without_limits_everything_is_read(make_stuck: Callable[..., Stuck]) -> None:
     stuck = make_stuck(max_unsent_size=None, max_concurrency=None)
     stuck.peer.send(*[[0, 0, "count", []]] * 3000)
