@@ -530,9 +530,10 @@ class Connection:
         else:
             run.reverse()
             self._todo += run
+            run.clear()  # The iterator has it, too, until it is asked for the next.
         if self._read_deadline.is_set or self._decoder.unfinished or self._stream.is_amid_record:
             self._watch_for_the_rest()
-        return bool(run)
+        return bool(self._todo)
 
     def _carry_on(self) -> None:
         """Carry out the messages that were read: the one loop of the program."""

@@ -36,7 +36,8 @@ MAX_MSGID: Final = 2**32 - 1
 Message = Sequence[Any]
 
 #: Messages that have come one after the other: requests and notifications, or responses, or a single one that is
-#: INVALID. An empty run is an opportunity for others while a long message is looked through.
+#: INVALID. An empty run is an opportunity for others while a long message is looked through. Whoever gets a run may
+#: change it, to let go of its messages.
 Run = list[Message]
 
 Buffer = bytes | bytearray | memoryview
@@ -279,15 +280,15 @@ class Decoder:
                     if type(msgid) is int and 0 <= msgid <= MAX_MSGID and type(kind) is int:
                         if kind == REQUEST and type(method) is str and type(params) is array:
                             if responses:
-                                yield responses
                                 count += len(responses)
+                                yield responses
                                 responses = []
                             requests.append(message)
                             continue
                         if kind == RESPONSE:
                             if requests:
-                                yield requests
                                 count += len(requests)
+                                yield requests
                                 requests = []
                             responses.append(message)
                             continue
@@ -296,10 +297,11 @@ class Decoder:
                     requests.append(message)
                     continue
                 if run := requests or responses:
+                    count += len(run)
                     yield run
+                    requests, responses = [], []
+                count += 1
                 yield [message]
-                count += len(run) + 1
-                requests, responses = [], []
         except ProtocolError:
             if run := requests or responses:
                 yield run
@@ -308,8 +310,9 @@ class Decoder:
             # A value can't be decoded, and the unpacker is out of step.
             self._unpacker = None
             if run := requests or responses:
+                count += len(run)
                 yield run
-            yield from self._decoded_singly(data, count + len(run))
+            yield from self._decoded_singly(data, count)
         else:
             if run := requests or responses:
                 yield run

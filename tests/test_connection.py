@@ -82,6 +82,88 @@ def test_the_answers_of_a_batch_are_written_together(service: gmprpc.Service) ->
     life.join()
 
 
+def test_one_greenlet_carries_a_batch_out_until_its_handler_blocks(service: gmprpc.Service, pair: Pair) -> None:
+    used: list[Any] = []
+
+    @service.method
+    def note(blocks: bool) -> None:
+        used.append(gevent.getcurrent())
+        if blocks:
+            gevent.sleep(0)
+
+    pair.peer.send(*([0, number, "note", [number == 2]] for number in range(5)))
+    assert sorted(pair.peer.receive()[1] for _ in range(5)) == list(range(5))
+    assert used[0] is used[1] is used[2]
+    assert used[3] is used[4]
+    assert used[3] is not used[2]
+
+
+def test_a_greenlet_that_has_blocked_leaves_the_rest_of_the_batch_alone(service: gmprpc.Service, pair: Pair) -> None:
+    done: list[Any] = []
+    released = Event()
+
+    @service.method
+    def wait(number: int) -> None:
+        released.wait()
+        done.append(number)
+
+    service.register(done.append, "note")
+    # The first two block, and go on only when all the others have had their turn.
+    pair.peer.send(
+        [0, 0, "wait", [0]], [0, 1, "wait", [1]], *([0, number, "note", [number]] for number in range(2, 50))
+    )
+    for _ in range(48):
+        pair.peer.receive()
+    released.set()
+    assert [pair.peer.receive()[1] for _ in range(2)] == [0, 1]
+    assert done == [*range(2, 50), 0, 1]
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_what_is_behind_the_end_of_a_connection_is_not_carried_out(
+    service: gmprpc.Service, pair: Pair, end: str
+) -> None:
+    done: list[int] = []
+    service.register(done.append, "note")
+    service.register(lambda: getattr(pair.connection, end)(), "end")
+    pair.peer.send(*([0, number, "note", [number]] for number in range(3)), [0, 3, "end", []], [0, 4, "note", [4]])
+    # What was answered before is still written, but for the one that ended it.
+    assert pair.peer.receive_rest() == [[1, number, None, None] for number in range(3)]
+    assert done == [0, 1, 2]
+
+
+def test_what_is_behind_the_beginning_of_the_end_is_carried_out(service: gmprpc.Service, pair: Pair) -> None:
+    service.register(pair.connection.finish, "finish")
+    pair.peer.send([0, 0, "finish", []], *([0, number, "echo", [number]] for number in range(1, 500)))
+    assert [answer[1] for answer in pair.peer.receive_rest()] == list(range(500))
+
+
+def test_a_handler_amid_a_batch_may_call_back_and_be_called_back(service: gmprpc.Service, pair: Pair) -> None:
+    @service.method
+    def ask(number: int) -> Any:
+        return pair.connection.call("question", number)
+
+    pair.peer.send(*([0, number, "ask" if number % 3 == 0 else "echo", [number]] for number in range(30)))
+    got = [pair.peer.receive() for _ in range(30)]
+    questions = [message for message in got if message[0] == 0]
+    assert [question[3] for question in questions] == [[number] for number in range(0, 30, 3)]
+    # The answers come in one read with requests between them, which ask again.
+    pair.peer.send(
+        *(
+            message
+            for _, msgid, _, params in questions
+            for message in ([1, msgid, None, params], [0, 100 + params[0], "ask", [100 + params[0]]])
+        )
+    )
+    again = [pair.peer.receive() for _ in range(20)]
+    for _, msgid, _, params in [message for message in again if message[0] == 0]:
+        pair.peer.send([1, msgid, None, params])
+    answers = [message for message in got + again if message[0] == 1] + [pair.peer.receive() for _ in range(10)]
+    numbers = range(0, 30, 3)
+    expected = [[1, number, None, number if number % 3 else [number]] for number in range(30)]
+    assert sorted(answers) == expected + [[1, 100 + number, None, [100 + number]] for number in numbers]
+
+
 def test_a_flooding_connection_lets_others_in_between(service: gmprpc.Service, server: gmprpc.Server) -> None:
     done: list[str] = []
     service.register(done.append, "note")

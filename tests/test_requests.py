@@ -191,6 +191,143 @@ def test_what_a_request_held_is_not_kept_alive_by_its_greenlet(service: gmprpc.S
     assert things[0]() is None
 
 
+def test_what_a_request_brought_and_gave_is_not_kept_alive_by_the_next_of_its_batch(service: gmprpc.Service) -> None:
+    class Thing(dict[Any, Any]):
+        pass
+
+    things: list[weakref.ref[Thing]] = []
+    alive: list[int] = []
+
+    @service.method
+    def give(thing: Thing) -> Thing:
+        alive.append(sum(reference() is not None for reference in things))
+        result = Thing()
+        things.extend((weakref.ref(thing), weakref.ref(result)))
+        return result
+
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, unpacker_options={"object_hook": Thing}) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        peer.send(*([0, number, "give", [{"a": 1}]] for number in range(6)))
+        for _ in range(6):
+            peer.receive()
+        # The hub looks at the first message, and hands the others over.
+        assert alive == [0, 1, 1, 1, 1, 1]
+
+
+def test_in_a_batch_the_current_call_is_that_of_each_request(service: gmprpc.Service, peer: Peer) -> None:
+    calls: list[gmprpc.Call] = []
+
+    @service.method
+    def look(number: int) -> None:
+        before = gmprpc.current_call()
+        if number % 10 == 5:
+            gevent.sleep(0)
+        assert gmprpc.current_call() == before
+        calls.append(before)
+
+    peer.send(*([0, number, "look", [number]] if number % 7 else [2, "look", [number]] for number in range(50)))
+    for _ in range(42):
+        peer.receive()
+    wait_until(lambda: len(calls) == 50)
+    for call in calls:
+        (number,) = call.message[3]
+        assert call.msgid == (number if number % 7 else None)
+
+
+def test_in_a_batch_every_request_starts_in_a_fresh_context(service: gmprpc.Service, peer: Peer) -> None:
+    variable = contextvars.ContextVar("variable", default="pristine")
+    used: list[Any] = []
+
+    @service.method
+    def leave_a_trace(number: int) -> str:
+        before = variable.get()
+        variable.set(f"trace of {number}")
+        used.append(gevent.getcurrent())
+        if number == 5:
+            gevent.sleep(0)
+        assert variable.get() == f"trace of {number}"
+        return before
+
+    peer.send(*([0, number, "leave_a_trace", [number]] for number in range(10)))
+    assert sorted(peer.receive() for _ in range(10)) == [[1, number, None, "pristine"] for number in range(10)]
+    assert len(set(used)) == 2
+
+
+def test_without_reuse_every_request_of_a_batch_has_a_fresh_greenlet(service: gmprpc.Service) -> None:
+    used: list[Any] = []
+    service.register(lambda: used.append(gevent.getcurrent()), "note")
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, reuse_greenlets=False) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        peer.send(*([0, number, "note", []] for number in range(50)))
+        assert [peer.receive()[1] for _ in range(50)] == list(range(50))
+        assert len(set(used)) == 50
+        wait_until(lambda: all(greenlet.dead for greenlet in used))
+
+
+def _raise_a_kill() -> None:
+    raise gevent.GreenletExit
+
+
+def _itself() -> Any:
+    return gevent.getcurrent()
+
+
+@pytest.mark.parametrize(
+    "die, answer",
+    [
+        (_raise_a_kill, [1, 1, "GreenletExit", None]),
+        (lambda: _itself().kill(), [1, 1, "GreenletExit", None]),
+        (lambda: _itself().kill(block=False), [1, 1, None, None]),
+        (lambda: _itself().throw(SystemExit), [1, 1, "SystemExit", None]),
+        (lambda: _itself().throw(ValueError("thrown")), [1, 1, "ValueError: thrown", None]),
+    ],
+)
+def test_a_greenlet_that_dies_amid_a_batch_takes_no_other_request_along(
+    service: gmprpc.Service, peer: Peer, die: Any, answer: Any
+) -> None:
+    service.register(die, "die")
+    peer.send([0, 0, "echo", [0]], [0, 1, "die", []], *([0, number, "echo", [number]] for number in range(2, 50)))
+    answers = sorted(peer.receive() for _ in range(50))
+    assert answers == [[1, 0, None, 0], answer, *([1, number, None, number] for number in range(2, 50))]
+    assert peer.call("echo", "next") == [1, 0, None, "next"]
+
+
+def test_what_completes_later_takes_its_place_from_the_rest_of_the_batch(service: gmprpc.Service) -> None:
+    replies: list[gmprpc.Reply] = []
+    most = 0
+
+    @service.method
+    def later() -> gmprpc.Reply:
+        nonlocal most
+        most = max(most, server.statistics()["in_flight"])
+        replies.append(gmprpc.Reply())
+        return replies[-1]
+
+    with gmprpc.Server(("127.0.0.1", 0), service, max_concurrency=3) as server, Peer.connect(server.address) as peer:
+        peer.send([0, 0, "echo", [0]], *([0, number, "later", []] for number in range(1, 20)))
+        assert peer.receive() == [1, 0, None, 0]
+        for number in range(1, 20):
+            wait_until(lambda: len(replies) == min(number + 2, 19))  # noqa: B023 - it is called at once
+            replies[number - 1].result(number)
+            assert peer.receive() == [1, number, None, number]
+    assert most == 3
+
+
+def test_the_table_may_change_amid_a_batch(service: gmprpc.Service, peer: Peer) -> None:
+    @service.method
+    def change() -> None:
+        service.register(lambda: "new", "late")
+
+    peer.send([0, 0, "late", []], [0, 1, "change", []], [0, 2, "late", []])
+    assert peer.receive() == [1, 0, 'No such method "late" found', None]
+    assert peer.receive() == [1, 1, None, None]
+    assert peer.receive() == [1, 2, None, "new"]
+
+
 def test_the_current_call_tells_who_calls_what(service: gmprpc.Service, server: gmprpc.Server, peer: Peer) -> None:
     calls: list[gmprpc.Call] = []
     outside: list[Exception] = []
