@@ -19,7 +19,7 @@ import gmprpc
 from gmprpc.connection import TOO_MANY_REQUESTS, Connection
 from gmprpc.exceptions import ConnectionClosed, MessageTooLarge, ProtocolError
 from gmprpc.metrics import Counters
-from gmprpc.options import ConnectionOptions
+from gmprpc.options import MAX_UNSENT_SIZE, ConnectionOptions
 from gmprpc.streams import PlainStream
 
 from .case import Case, Finding, Tally
@@ -260,9 +260,10 @@ def _check_answers(ending: Ending, expected: Expectation, options: ConnectionOpt
             wanted[msgid].append(_answer_to(msgid, third, rest[0]))
         elif kind == INVALID and third == REQUEST:
             wanted[msgid].append(None)
-    may_be_refused = options.max_concurrency is not None and any(
-        message[0] != RESPONSE and message[2] == "ask" for message in expected.messages
-    )
+    # While a call of this side is pending what would have to wait is refused.
+    called = [message[2] for message in expected.messages if message[0] != RESPONSE]
+    has_limits = options.max_concurrency is not None or called.count("large") * _LARGE_SIZE > MAX_UNSENT_SIZE
+    may_be_refused = has_limits and "ask" in called
     for msgid, frames in answers.items():
         if len(frames) > len(wanted[msgid]) and expected.is_complete:
             raise Finding(f"{len(frames)} answers to {len(wanted[msgid])} requests with the msgid {msgid}")
