@@ -198,6 +198,120 @@ def test_a_handler_that_takes_its_time_ends_the_batch(service: gmprpc.Service, s
     assert done.index("modest") < 10
 
 
+# Looking again at once.
+
+
+def test_what_a_quick_peer_has_said_meanwhile_is_read_before_anything_else_runs(
+    service: gmprpc.Service, pair: Pair
+) -> None:
+    order: list[str] = []
+
+    @service.method
+    def first() -> None:
+        gevent.get_hub().loop.run_callback(order.append, "else")
+        pair.peer.send([2, "second", []])
+
+    service.register(lambda: order.append("second"), "second")
+    pair.peer.call("echo", 1)  # From now on it was the last that had something to say.
+    pair.peer.call("first")
+    wait_until(lambda: len(order) == 2)
+    assert order == ["second", "else"]
+
+
+def test_a_quick_peer_is_not_preferred_where_another_has_had_something_to_say(
+    service: gmprpc.Service, pair: Pair
+) -> None:
+    order: list[str] = []
+    other = Pair(service)
+
+    @service.method
+    def first() -> None:
+        gevent.get_hub().loop.run_callback(order.append, "else")
+        pair.peer.send([2, "second", []])
+
+    service.register(lambda: order.append("second"), "second")
+    pair.peer.call("echo", 1)
+    other.peer.call("echo", 1)
+    pair.peer.call("first")
+    wait_until(lambda: len(order) == 2)
+    assert order == ["else", "second"]
+    other.close()
+
+
+def test_a_peer_that_is_always_quick_lets_others_in_between(service: gmprpc.Service, pair: Pair) -> None:
+    count = 0
+    others: list[int] = []
+
+    @service.method
+    def again() -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            gevent.get_hub().loop.run_callback(lambda: others.append(count))
+        if not others:
+            pair.peer.send([2, "again", []])
+
+    pair.peer.call("echo", 1)
+    pair.peer.send([2, "again", []])
+    wait_until(lambda: others)
+    assert others[0] >= 2
+
+
+def test_the_answer_of_a_quick_peer_is_waited_for_on_the_spot(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    pair.peer.call("echo", 1)
+
+    def ask() -> None:
+        pair.connection.call("first")
+        gevent.get_hub().loop.run_callback(order.append, "else")
+        order.append(pair.connection.call("second"))
+
+    def answer() -> None:
+        if (request := pair.peer.receive())[2] == "second":
+            pair.peer.send([1, request[1], None, "second"])
+
+    asking = gevent.spawn(ask)
+    _, msgid, _, _ = pair.peer.receive()
+    monkeypatch.setattr(connection, "_SPIN_TIME", 10.0)
+    monkeypatch.setattr(os, "sched_yield", answer)
+    pair.peer.send([1, msgid, None, "first"])
+    asking.get()
+    wait_until(lambda: len(order) == 2)
+    assert order == ["second", "else"]
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+def test_a_peer_that_leaves_in_the_wait_for_its_answer_is_noticed_there(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, leave: str
+) -> None:
+    pair.peer.call("echo", 1)
+    call = pair.connection.call_async("question")
+    monkeypatch.setattr(os, "sched_yield", getattr(pair.peer, leave))
+    pair.peer.send([0, 1, "echo", [2]])
+    with pytest.raises(gmprpc.ConnectionClosed):
+        call.get()
+    pair.life.join()
+    assert pair.connection.is_closed
+
+
+def test_looks_that_are_in_vain_are_left_out_for_longer_and_longer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = 0
+    looks: list[int] = []
+
+    def look(_: Connection) -> bool:
+        looks.append(reads)
+        return False
+
+    monkeypatch.setattr(Connection, "_read_soon", look)
+    monkeypatch.setattr(connection, "_SKIPPED_LOOKS", 7)
+    pair.connection.call_async("question")
+    pair.peer.receive()
+    for reads in range(30):  # noqa: B007 - it is noted above
+        pair.peer.call("echo", 1)
+    # The first read only comes to be the last one; then one, three and seven are left out, and never more.
+    assert looks == [1, 3, 7, 15, 23]
+
+
 # Writing.
 
 

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gevent
@@ -264,6 +265,75 @@ def test_the_bytes_are_those_of_the_specification() -> None:
 
 
 # Garbage.
+
+
+@brief
+@given(st.lists(messages, max_size=30), st.lists(messages, max_size=30))
+def test_a_run_is_of_one_kind_and_an_invalid_message_is_a_run_of_its_own(
+    before: list[Message], behind: list[Message]
+) -> None:
+    encoder = Encoder()
+    invalid = pack([REQUEST, 1, 5, []])
+    stream = [*(encoded(message, encoder) for message in before), invalid, *(encoded(message) for message in behind)]
+    count = 0
+    for run in runs(Decoder(MAX_SIZE), b"".join(stream)):
+        kinds = {message[0] for message in run}
+        assert kinds <= {REQUEST, NOTIFICATION} or kinds == {RESPONSE} or (kinds == {INVALID} and len(run) == 1)
+        count += len(run)
+        run.clear()  # As whoever has carried it out may do.
+    assert count == len(stream)
+
+
+def some_message(random: Random) -> bytes:
+    """A message of any kind and of a size on either side of what a decoder treats in different ways."""
+    size = random.choice([0, 1, 10, 10, 10, 60, 100, 240, 260, 4000, 4100, 16_000, 16_400])
+    few = bytes(random.randrange(max(1, size - 20), size + 20))
+    many = [1] * len(few)
+    choice: list[list[Any]] = [[few], many, [{"few": few}, many[:100]]]
+    params = random.choice(choice)
+    msgid = random.randrange(2**32)
+    return pack(
+        random.choice(
+            [
+                [REQUEST, msgid, "method", params],
+                [REQUEST, msgid, "method", params],
+                [REQUEST, msgid, b"bytes", params],
+                [REQUEST, msgid, "not an array", few],
+                [NOTIFICATION, "method", params],
+                [RESPONSE, msgid, None, params],
+                [REQUEST, msgid, "no Unicode", ["\udcff", *params]],
+            ]
+        ),
+        unicode_errors="surrogateescape",
+    )
+
+
+@pytest.mark.parametrize("max_message_size", [MAX_SIZE, 16_500, 3000, 200])
+@pytest.mark.parametrize("seed", range(4))
+def test_many_messages_at_once_are_what_each_is_alone(max_message_size: int, seed: int) -> None:
+    random = Random(seed)
+    stream = [message for message in (some_message(random) for _ in range(60)) if len(message) <= max_message_size]
+    expected = [decode(message, max_message_size=max_message_size)[0][0] for message in stream]
+    data = b"".join(stream)
+    borders = [size + near for size in (0, 256, 4096, 8192, 16_384, 80 * 1024) for near in (-2, -1, 0, 1, 2)]
+    starts = [0, *itertools.accumulate(map(len, stream))]
+    for start in random.sample(starts, 5):
+        for border in borders:
+            assert decode(*pieces_of(data, [start, start + border]), max_message_size=max_message_size) == (
+                expected,
+                None,
+            )
+
+
+def test_a_large_message_of_few_values_is_decoded_only_where_it_is_alone() -> None:
+    large = pack([REQUEST, 1, "method", [b"x" * 20_000]])
+    small = pack([NOTIFICATION, "method", [1]])
+    for stream in ([large], [large, small], [small, large], [large, large], [large, small, large, small]):
+        data = b"".join(stream)
+        assert [len(message[3]) for message in messages_of(data)] == [1] * len(stream)
+        assert messages_of(data[:-1], data[-1:]) == messages_of(data)
+    assert decode(large[:-1], rest=True) == ([], None)
+    assert decode(large + b"\x94", rest=True) == (messages_of(large), None)
 
 
 @brief
