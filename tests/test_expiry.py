@@ -111,6 +111,24 @@ def test_what_a_handler_does_after_that_is_dropped(
     assert ("while it cleaned up" in caplog.text) == (way == "raise")
 
 
+def test_the_time_of_one_request_of_a_batch_is_not_that_of_the_others(service: gmprpc.Service, peer: Peer) -> None:
+    ends: list[Any] = []
+
+    @service.method
+    def never() -> None:
+        try:
+            Event().wait()
+        finally:
+            ends.append(gmprpc.current_call().msgid)
+
+    late = range(2, 30, 5)
+    peer.send(*([0, number, *(["never", []] if number in late else ["echo", [number]])] for number in range(30)))
+    assert sorted(peer.receive() for _ in range(30)) == [
+        [1, number, *([NO_ANSWER, None] if number in late else [None, number])] for number in range(30)
+    ]
+    assert sorted(ends) == list(late)
+
+
 def test_a_notification_has_all_the_time_that_it_likes(
     service: gmprpc.Service, server: gmprpc.Server, peer: Peer
 ) -> None:

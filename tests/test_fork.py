@@ -103,7 +103,8 @@ def children() -> Iterator[list[int]]:
     children: list[int] = []
     yield children
     for pid in children:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def fork(peer: Peer, way: str, children: list[int]) -> str:
@@ -139,6 +140,20 @@ def test_a_child_may_serve_and_call_on_its_own(program: Program, address: Any, c
     with Peer.connect(address) as peer:
         assert fork(peer, "call", children).endswith("]42")
         assert peer.call("echo", 1) == [1, 0, None, 1]
+
+
+@pytest.mark.parametrize("way", ["loop", "return"])
+def test_what_is_behind_a_fork_in_its_batch_is_the_parents_alone(
+    program: Program, address: Any, children: list[int], way: str
+) -> None:
+    with Peer.connect(address) as peer:
+        others = [[0, number, "echo", [number]] for number in range(1, 40)]
+        peer.send(*others[:10], [0, 0, "fork", [way]], *others[10:])
+        fork_answer, *answers = sorted(peer.receive() for _ in range(40))
+        assert answers == [[1, number, None, number] for number in range(1, 40)]
+        children.append(fork_answer[3][0])
+        peer.shutdown()
+        assert peer.receive_rest() == []
 
 
 def test_a_handler_that_returns_in_the_child_answers_nothing(program: Program, address: Any) -> None:
