@@ -1021,6 +1021,20 @@ def test_a_ctrl_c_amid_reading_ends_the_connection(pair: Pair, interrupts: list[
 
 
 @pytest.mark.usefixtures("capfd")
+def test_a_ctrl_c_amid_a_batch_costs_none_of_the_messages_behind_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, interrupts: list[Any]
+) -> None:
+    def struck(connection: Connection, message: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "_reject", struck)
+    pair.peer.send([0, 1, "echo", ["before"]], [0, 2, "echo", "no array"], [0, 3, "echo", ["behind"]])
+    assert pair.peer.receive() == [1, 1, None, "before"]
+    assert pair.peer.receive() == [1, 3, None, "behind"]
+    assert interrupts == [KeyboardInterrupt]
+
+
+@pytest.mark.usefixtures("capfd")
 def test_a_ctrl_c_in_the_wait_for_a_quick_peer_costs_nothing(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, interrupts: list[Any]
 ) -> None:
