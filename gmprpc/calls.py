@@ -104,7 +104,11 @@ class Calls:
         data = self._encoder.request(msgid, method, params)
         self._owner.check_open()  # A hook of the packer may have waited.
         self.pending[msgid] = waiter
-        self._owner.post(data)
+        try:
+            self._owner.post(data)
+        except BaseException:  # Ctrl-C: the caller goes elsewhere, and must not be switched into there.
+            self.pending.pop(msgid, None)
+            raise
         return msgid
 
     def _start_timer(self, msgid: int, method: str, timeout: float) -> Any:

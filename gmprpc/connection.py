@@ -224,7 +224,7 @@ class Connection:
         self._recv = stream.recv
         self._decoder = Decoder(options.max_message_size, options.unpacker_options)
         self._inbox: Iterator[Run] | None = None  # What was read and is not decoded yet.
-        self._read_watcher = self._loop.io(stream.fileno(), _READ)
+        self._read_watcher: Any = self._loop.io(stream.fileno(), _READ)
         self._is_reading = False
         self._is_amid_read = False  # What is taken out of the stream has not been taken in here yet.
         self._stage = _Stage.of(self._hub)
@@ -654,8 +654,10 @@ class Connection:
         """Have `_settle` called by the loop, once for all who ask for it until then."""
         if not self._is_awake and self._phase < _CLOSED:  # What has ended now began long ago, and leaves its greenlet.
             self._stay_awake()
-        self.is_settling = True
+        if self._is_reading and not self._read_watcher.active:
+            self._is_reading = False  # Ctrl-C has struck before `_on_readable` could see to it: to be started again.
         self._loop.run_callback(self._settle)
+        self.is_settling = True  # Last, or Ctrl-C could leave it true with nobody to settle.
 
     def _settle(self) -> None:
         """What there is to do when requests have ended: write, go on reading, close when all is quiet."""

@@ -1050,3 +1050,22 @@ def test_a_ctrl_c_in_the_wait_for_a_quick_peer_costs_nothing(
     assert interrupts == [KeyboardInterrupt]
     pair.peer.send([1, 0, None, "answer"])
     assert call.get() == "answer"
+
+
+def test_a_watcher_that_the_loop_has_stopped_because_of_a_ctrl_c_is_started_again(pair: Pair) -> None:
+    assert pair.peer.call("echo", 1) == [1, 0, None, 1]
+    pair.connection._read_watcher.stop()
+    call = pair.connection.call_async("question")
+    assert pair.peer.receive()[2] == "question"
+    pair.peer.send([1, 0, None, "answer"])
+    assert call.get() == "answer"
+
+
+def test_a_ctrl_c_amid_sending_leaves_no_call_behind(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def struck(connection: Connection, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "post", struck)
+    with pytest.raises(KeyboardInterrupt):
+        pair.connection.call("question")
+    assert pair.connection.pending == 0
