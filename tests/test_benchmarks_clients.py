@@ -257,8 +257,8 @@ def test_handlers_that_block_are_measured_beside_greenlets_that_only_sleep(works
     assert sleeps.keys() >= SERVER_KEYS
     for found in (sleeps, calls):
         assert found["calls"] > 0
-        assert found["p50_us"] >= 1000
-        assert found["calls_per_second"] <= 10 / growth.AXES["blocking"].milliseconds * 1000
+        assert found["p50_us"] > 900
+        assert found["calls_per_second"] < 11_000
 
 
 def test_mprpc_has_its_calls_in_flight_on_connections_of_their_own() -> None:

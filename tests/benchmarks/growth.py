@@ -1,7 +1,7 @@
 """How the same work grows dearer: with connections, with methods, with the payload, and with handlers that block.
 
-Participants have the servers of the other measurements where these can do it, and one that can be told more where they
-can't: how many methods there are, how large a message may be, and for how long a handler blocks.
+Most have a server of their own here, which is told how many methods there are, how large a message may be, and for how
+long a handler blocks; floor, which can't be told anything, is the one of the other measurements.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ BARE_SLEEP = "bare-sleep"
 
 SUBJECTS = (GMPRPC.name, AIO, MPRPC, FLOOR.name, BARE_SLEEP)
 
-# Servers' own limit is 1 MiB where they have one; for payloads of 10 MiB it has to be raised, and then it is the same
-# for all payloads.
-_MAX_MESSAGE_SIZE = 1024 * 1024
-_RAISED_MESSAGE_SIZE = 16 * 1024 * 1024
+KIB, MIB = 1024, 1024 * 1024
+
+# gmprpc's own limit is 1 MiB. For payloads of 10 MiB it has to be raised, and then it is the same for all payloads.
+_MAX_MESSAGE_SIZE = MIB
+_RAISED_MESSAGE_SIZE = 16 * MIB
 
 # What floor.py reads at once.
-_FLOOR_SIZE = 256 * 1024
-
-KIB, MIB = 1024, 1024 * 1024
+_FLOOR_SIZE = 256 * KIB
 
 _GROWTH_SERVERS = {
     GMPRPC.name: "gmprpc_growth_server.py",

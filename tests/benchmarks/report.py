@@ -16,7 +16,7 @@ from .bars import GMPRPC, RATE, kib_for_each, verdicts
 from .machine import machine_line, versions_line
 from .results import Results, Series, fault, ratio
 
-C_ECHO = "c-echo"
+C_ECHO, FLOOR = "c-echo", "floor"
 
 ARRANGEMENTS = {1: "one core for both", 2: "a core each"}
 
@@ -90,9 +90,7 @@ def _sections(results: Results) -> Iterator[str]:
     if results.runs("idle"):
         yield f"Idle connections\n\n{_idle(results)}"
     if found := list(verdicts(results)):
-        rows = [
-            [verdict.what, ARRANGEMENTS[verdict.cores], verdict.bar, verdict.figure, verdict.words] for verdict in found
-        ]
+        rows = [[each.what, ARRANGEMENTS[each.cores], each.bar, _first_line(each.figure), each.words] for each in found]
         yield f"The figures to reach\n\n{lines(['what', 'cores', 'bar', 'found', ''], rows)}"
 
 
@@ -128,6 +126,7 @@ def _self_check(results: Results) -> str:
                 for name in results.values("subject", "server", **where)
             }
             echo = rates.pop(C_ECHO)
+            rates.pop(FLOOR, None)  # It is no server, and next to nothing but the kernel, which both need.
             row = [arrangement, shape]
             if not echo.is_comparable:
                 rows.append([*row, "", "", f"not measured: {_first_line(echo.fault or '')}"])

@@ -27,7 +27,7 @@ class Plan:
 
     rounds: int = 7
     #: Of each measurement.
-    seconds: float = 0.5
+    seconds: float = 0.7
     #: The arrangements: 1, server and load generator share a core; 2, they have one each.
     cores: tuple[int, ...] = (1, 2)
     #: Whether processes are measured that have never had a large message.
