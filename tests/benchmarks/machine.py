@@ -20,7 +20,8 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor,
         "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
+        # What a builder of kernels has added to the version says nothing to others.
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "load_average_before": round(os.getloadavg()[0], 2),
     }
 
