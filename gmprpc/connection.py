@@ -137,6 +137,7 @@ class _Stage:
         self.ready: list[Connection] = []
         #: Whose turn it was last.
         self.last_reader: Connection | None = None
+        self._turns: Any = None  # The callback of the loop that will give them.
 
     @classmethod
     def of(cls, hub: Any) -> _Stage:
@@ -145,8 +146,13 @@ class _Stage:
             stage = cls._of_hub[hub] = cls()
         return stage
 
-    def give_turns(self) -> None:
-        """Let those read who are ready, first come, first served."""
+    def wait_for_turn(self, connection: Connection) -> None:
+        """Let ``connection`` read when all of this round are known."""
+        self.ready.append(connection)
+        if self._turns is None or not self._turns.pending:  # Also where Ctrl-C has struck the last one.
+            self._turns = connection._loop.run_callback(self._give_turns)
+
+    def _give_turns(self) -> None:
         ready, self.ready = self.ready, []
         for connection in reversed(ready):
             connection._take_turn()
@@ -441,13 +447,11 @@ class Connection:
     # Reading, in the hub.
 
     def _on_readable(self) -> None:
-        ready = self._stage.ready
-        if ready or self._loop.pendingcnt:
-            # libev calls those first who came last. When all of this round have been called, they get their turns in
-            # order: none waits for two rounds then, which makes the slowest calls a third quicker.
-            if not ready:
-                self._loop.run_callback(self._stage.give_turns)
-            ready.append(self)
+        stage = self._stage
+        if stage.ready or self._loop.pendingcnt:
+            # libev calls those first who came last. When all of this round have been called they get their turns in
+            # order, so that none waits for two rounds.
+            stage.wait_for_turn(self)
         else:
             self._take_turn()
 

@@ -198,6 +198,50 @@ def test_a_handler_that_takes_its_time_ends_the_batch(service: gmprpc.Service, s
     assert done.index("modest") < 10
 
 
+# Turns.
+
+
+def test_those_who_are_ready_at_once_get_their_turns_in_order(service: gmprpc.Service) -> None:
+    order: list[int] = []
+    service.register(order.append, "note")
+    pairs = [Pair(service) for _ in range(20)]
+    for each in pairs:
+        each.peer.call("echo", 1)  # The first look at a connection doesn't wait for a turn.
+    for number in (1, 0, *range(2, 20)):
+        pairs[number].peer.send([2, "note", [number]])
+    wait_until(lambda: len(order) == 20)
+    assert order == [1, 0, *range(2, 20)]
+    for each in pairs:
+        each.close()
+
+
+def test_a_ctrl_c_where_turns_are_to_be_given_only_delays_them(service: gmprpc.Service, pair: Pair) -> None:
+    pair.peer.call("echo", 1)
+    pair.connection._stage.ready.append(pair.connection)  # As it leaves them: noted, and no callback will come.
+    assert pair.peer.call("echo", 1) == [1, 0, None, 1]
+    assert not pair.connection._stage.ready
+
+
+def test_who_is_closed_while_it_waits_for_its_turn_gets_none(service: gmprpc.Service) -> None:
+    done: list[str] = []
+    pairs = [Pair(service), Pair(service)]
+    for each in pairs:
+        each.peer.call("echo", 1)
+
+    @service.method
+    def close(number: int) -> None:
+        done.append("close")
+        pairs[number].connection.close()
+
+    service.register(lambda: done.append("never"), "note")
+    pairs[0].peer.send([2, "close", [1]])
+    pairs[1].peer.send([2, "note", []])
+    pairs[1].life.join()
+    assert done == ["close"]
+    for each in pairs:
+        each.close()
+
+
 # Looking again at once.
 
 
