@@ -223,7 +223,8 @@ class Decoder:
             data = bytes(unfinished[end:])
             yield [self._decoded(unfinished[:end])]
         elif len(data) > self._LARGE_SIZE and self._walk.is_short(data):
-            yield [self._decoded(data)]  # Without a copy for the framer and another one for the unpacker.
+            # Without a copy for the framer and another one for the unpacker: a tenth of all, at 64 KiB.
+            yield [self._decoded(data)]
             return
         while data:
             end = yield from self._complete_runs(data)

@@ -22,7 +22,8 @@ from .exceptions import ConnectionClosed
 # How much is read at once: a message of 64 KiB shall come in one piece.
 _READ_SIZE = 256 * 1024
 
-# How much is read while only little comes at a time.
+# How much is read while only little comes at a time: to let the socket make bytes of this size costs a seventh less than
+# to copy them out of the large buffer.
 _SMALL_READ_SIZE = 4 * 1024
 
 # How much of TLS is read at once: it is deciphered in one go, and records of one byte, or that ask for new keys, take
