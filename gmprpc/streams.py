@@ -22,7 +22,7 @@ from .exceptions import ConnectionClosed
 # How much is read at once: a message of 64 KiB shall come in one piece.
 _READ_SIZE = 256 * 1024
 
-# How much is read while only little comes at a time: to let the socket make bytes of this size costs a seventh less than
+# How much is read while only little comes at a time: that the socket makes bytes of this size costs a seventh less than
 # to copy them out of the large buffer.
 _SMALL_READ_SIZE = 4 * 1024
 
