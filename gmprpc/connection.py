@@ -59,10 +59,12 @@ TOO_MANY_REQUESTS: Final = "too many requests in flight"
 _BATCH_TIME = 0.004
 _BATCH_MESSAGES = 100
 # For how long a connection may go on reading when no other has anything to say, for how long it may wait for more
-# meanwhile, and how many attempts at that are skipped, at most, after one that was in vain. Picked arbitrarily.
+# meanwhile, and how many attempts at that are skipped: at most, after one that was in vain; and after others have had
+# their turn, since they would wait for this one. Picked arbitrarily.
 _STREAK_TIME = 0.0005
 _SPIN_TIME = 0.00003
 _SKIPPED_LOOKS = 1000
+_LOOKS_AFTER_OTHERS = 20
 # So much of what waits to be written, and the rest of its last piece, is joined for one attempt. Picked arbitrarily.
 _JOINED_SIZE = 256 * 1024
 
@@ -460,8 +462,9 @@ class Connection:
         try:
             self._read()
             stage = self._stage
-            if stage.last_reader is not self:  # Others have something to say, too.
+            if stage.last_reader is not self:  # Others have something to say, too, and perhaps soon again.
                 stage.last_reader = self
+                self._looks_to_skip = max(self._looks_to_skip, _LOOKS_AFTER_OTHERS)
                 return
             if self._looks_to_skip:
                 self._looks_to_skip -= 1

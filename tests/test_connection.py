@@ -245,6 +245,12 @@ def test_who_is_closed_while_it_waits_for_its_turn_gets_none(service: gmprpc.Ser
 # Looking again at once.
 
 
+def be_alone(pair: Pair) -> None:
+    """Have it that nobody else has had anything to say for long."""
+    pair.peer.call("echo", 1)
+    pair.connection._looks_to_skip = 0
+
+
 def test_what_a_quick_peer_has_said_meanwhile_is_read_before_anything_else_runs(
     service: gmprpc.Service, pair: Pair
 ) -> None:
@@ -256,7 +262,7 @@ def test_what_a_quick_peer_has_said_meanwhile_is_read_before_anything_else_runs(
         pair.peer.send([2, "second", []])
 
     service.register(lambda: order.append("second"), "second")
-    pair.peer.call("echo", 1)  # From now on it was the last that had something to say.
+    be_alone(pair)
     pair.peer.call("first")
     wait_until(lambda: len(order) == 2)
     assert order == ["second", "else"]
@@ -295,7 +301,7 @@ def test_a_peer_that_is_always_quick_lets_others_in_between(service: gmprpc.Serv
         if not others:
             pair.peer.send([2, "again", []])
 
-    pair.peer.call("echo", 1)
+    be_alone(pair)
     pair.peer.send([2, "again", []])
     wait_until(lambda: others)
     assert others[0] >= 2
@@ -303,7 +309,7 @@ def test_a_peer_that_is_always_quick_lets_others_in_between(service: gmprpc.Serv
 
 def test_the_answer_of_a_quick_peer_is_waited_for_on_the_spot(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    pair.peer.call("echo", 1)
+    be_alone(pair)
 
     def ask() -> None:
         pair.connection.call("first")
@@ -328,7 +334,7 @@ def test_the_answer_of_a_quick_peer_is_waited_for_on_the_spot(pair: Pair, monkey
 def test_a_peer_that_leaves_in_the_wait_for_its_answer_is_noticed_there(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, leave: str
 ) -> None:
-    pair.peer.call("echo", 1)
+    be_alone(pair)
     call = pair.connection.call_async("question")
     monkeypatch.setattr(os, "sched_yield", getattr(pair.peer, leave))
     pair.peer.send([0, 1, "echo", [2]])
@@ -348,12 +354,14 @@ def test_looks_that_are_in_vain_are_left_out_for_longer_and_longer(pair: Pair, m
 
     monkeypatch.setattr(Connection, "_read_soon", look)
     monkeypatch.setattr(connection, "_SKIPPED_LOOKS", 7)
+    monkeypatch.setattr(connection, "_LOOKS_AFTER_OTHERS", 2)
     pair.connection.call_async("question")
     pair.peer.receive()
     for reads in range(30):  # noqa: B007 - it is noted above
         pair.peer.call("echo", 1)
-    # The first read only comes to be the last one; then one, three and seven are left out, and never more.
-    assert looks == [1, 3, 7, 15, 23]
+    # With the first read it comes to be the last one, and two looks are left out for others; then one, three and
+    # seven, and never more.
+    assert looks == [3, 5, 9, 17, 25]
 
 
 # Writing.
@@ -1086,7 +1094,7 @@ def test_a_ctrl_c_in_the_wait_for_a_quick_peer_costs_nothing(
         if not interrupts:
             raise KeyboardInterrupt
 
-    pair.peer.call("echo", 1)  # From now on it was the last that had something to say.
+    be_alone(pair)
     call = pair.connection.call_async("question")
     assert pair.peer.receive()[2] == "question"
     monkeypatch.setattr(os, "sched_yield", struck)
