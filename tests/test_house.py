@@ -33,6 +33,7 @@ FLOORS: dict[str, int] = {
     "metrics": 1,
     "sweeper": 1,
     "deadline": 1,
+    "backoff": 1,
     "streams": 1,
     "log": 0,
     "tls": 1,
@@ -40,7 +41,7 @@ FLOORS: dict[str, int] = {
 }
 
 #: Modules without I/O, clock or greenlets: they can be tested with bytes alone, and used under any event loop.
-PURE = {"protocol", "methods", "exceptions", "options", "metrics", "sweeper", "deadline"}
+PURE = {"protocol", "methods", "exceptions", "options", "metrics", "sweeper", "deadline", "backoff"}
 
 IMPURITIES = {"gevent", "greenlet", "socket", "time"}
 
