@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "sweeper": 1,
     "deadline": 1,
     "backoff": 1,
+    "perhub": 2,
     "streams": 1,
     "log": 0,
     "tls": 1,
