@@ -1,30 +1,35 @@
-"""Connects and calls: one connection, made when it is needed, shared by any number of greenlets."""
+"""Connects and calls: one client for a whole program, whatever happens to its connections."""
 
 from __future__ import annotations
 
 import logging
 import ssl
 from collections.abc import Callable, Mapping
-from time import perf_counter
 from typing import Any, Self
 
 import gevent
-from gevent import Greenlet, GreenletExit
-from gevent.event import AsyncResult
+from gevent import GreenletExit
 
 from .connection import Connection
-from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed, text_of
+from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed
+from .link import Link
 from .log import log
 from .metrics import Counters
 from .options import (
     CLIENT_MAX_MESSAGE_SIZE,
+    CONNECT_TIMEOUT,
     MAX_CONCURRENCY,
+    MAX_PENDING,
+    MAX_RETRY_INTERVAL,
     MAX_UNSENT_SIZE,
     READ_TIMEOUT,
+    RETRY_INTERVAL,
     WRITE_TIMEOUT,
     ConnectionOptions,
+    LinkOptions,
     check_timeout,
 )
+from .perhub import PerHub
 from .reply import PendingCall
 from .service import Service
 from .streams import PlainStream, Stream, TLSStream
@@ -46,19 +51,35 @@ _DEFAULT: Any = _Default()
 
 
 class Client:
-    """A client of one MessagePack-RPC server.
+    """A client of one MessagePack-RPC server, to be held for as long as the program runs.
 
     ``address`` is ``(host, port)``, ``"host:port"`` or ``"unix:/path"``. Making a client does no I/O: ``connect()``,
     ``with`` or the first call connects, and a call after the connection was lost connects anew. Any number of greenlets
-    may call at once; they share the connection, and answers come in any order. ``service`` has the methods that the
-    server may call.
+    may call at once; they share the connection, and answers come in any order. Native threads may share the client,
+    too: each has a connection of its own, and so has a process that is forked off. ``service`` has the methods that
+    the server may call.
 
     Hooks: ``before_connect(client, socket)``, ``after_connect(client, socket)``, and ``on_error(client, exc)``, called
-    when no connection could be made or one was lost, but not when it ended in good order.
+    whenever no connection could be made or one was lost, but not when it ended in good order.
 
-    Timeouts are in seconds, None is no limit: ``timeout`` for a call, which each may override, and ``connect_timeout``
-    to resolve the name, connect and agree on TLS. The other keywords are those of :class:`~gmprpc.Server`; for TLS,
-    ``server_hostname`` is the name to find in the certificate where it isn't the address's.
+    Time-outs are in seconds, None is no limit. ``timeout`` is for a call, from when it is made until the answer is
+    there, whatever has to be done or waited for meanwhile; each call may have its own. ``connect_timeout`` is for one
+    attempt to resolve the name, connect to one of its addresses and agree on TLS; and a call without a time-out waits
+    no longer than that for a connection. ``cancel_on_timeout`` has the server told, with the notification ``$/cancel``,
+    when a caller gives up; servers that don't know it may close the connection.
+
+    While calls wait for a connection attempts are made again and again. After the nth failure in a row the next one
+    waits for a random time of up to ``retry_interval`` * 2^n seconds, and of ``max_retry_interval`` at most. With
+    ``retry_interval=None`` the first failed attempt fails all calls that wait.
+
+    At most ``max_pending`` calls wait for their answers on one connection; further ones wait their turn, as they do
+    while more than ``max_unsent_size`` bytes wait to be sent.
+
+    ``ping_interval`` has the server asked ``$/health`` whenever nothing has happened for so long and no call is under
+    way; where no answer comes within the same time the connection is given up. Without it that is left to TCP.
+
+    The other keywords are those of :class:`~gmprpc.Server`; for TLS, ``server_hostname`` is the name to find in the
+    certificate where it isn't the address's.
     """
 
     def __init__(
@@ -73,12 +94,18 @@ class Client:
         after_connect: Hook | None = None,
         on_error: Hook | None = None,
         # Timeouts
-        connect_timeout: float | None = 10.0,
+        connect_timeout: float | None = CONNECT_TIMEOUT,
         timeout: float | None = None,
+        cancel_on_timeout: bool = False,
         read_timeout: float | None = READ_TIMEOUT,
         write_timeout: float | None = WRITE_TIMEOUT,
         idle_timeout: float | None = None,
+        ping_interval: float | None = None,
+        # Connecting again
+        retry_interval: float | None = RETRY_INTERVAL,
+        max_retry_interval: float = MAX_RETRY_INTERVAL,
         # Limits
+        max_pending: int | None = MAX_PENDING,
         max_message_size: int = CLIENT_MAX_MESSAGE_SIZE,
         max_concurrency: int | None = MAX_CONCURRENCY,
         max_unsent_size: int | None = MAX_UNSENT_SIZE,
@@ -89,7 +116,6 @@ class Client:
         hide_errors: bool = False,
         reuse_greenlets: bool = True,
     ) -> None:
-        check_timeout("connect_timeout", connect_timeout)
         check_timeout("timeout", timeout)
         #: Where the server is: ``(host, port)`` or ``"unix:/path"``.
         self.address = parse_address(address)
@@ -97,10 +123,12 @@ class Client:
             server_hostname = self.address[0]
         if ssl_context is not None and ssl_context.check_hostname and not server_hostname:
             raise ValueError("server_hostname: the name to find in the server's certificate has to be given")
-        #: Seconds to wait for a connection.
+        #: Seconds that one attempt to connect may take.
         self.connect_timeout = connect_timeout
         #: Seconds to wait for an answer, where a call doesn't say.
         self.timeout = timeout
+        #: Whether the server is told when a caller gives up, where a call doesn't say.
+        self.cancel_on_timeout = cancel_on_timeout
         #: What the server may call.
         self.service = Service() if service is None else service
         self._ssl_context = ssl_context
@@ -108,146 +136,155 @@ class Client:
         self._before_connect = before_connect
         self._after_connect = after_connect
         self._on_error = on_error
-        self._options = ConnectionOptions(
-            max_message_size=max_message_size,
-            max_concurrency=max_concurrency,
-            max_unsent_size=max_unsent_size,
-            read_timeout=read_timeout,
-            write_timeout=write_timeout,
-            idle_timeout=idle_timeout,
-            reuse_greenlets=reuse_greenlets,
-            hide_errors=hide_errors,
-            packer_options=packer_options or {},
-            unpacker_options=unpacker_options or {},
+        self._options = LinkOptions(
+            connect_timeout=connect_timeout,
+            retry_interval=retry_interval,
+            max_retry_interval=max_retry_interval,
+            max_pending=max_pending,
+            ping_interval=ping_interval,
+            connection=ConnectionOptions(
+                max_message_size=max_message_size,
+                max_concurrency=max_concurrency,
+                max_unsent_size=max_unsent_size,
+                read_timeout=read_timeout,
+                write_timeout=write_timeout,
+                idle_timeout=idle_timeout,
+                reuse_greenlets=reuse_greenlets,
+                hide_errors=hide_errors,
+                packer_options=packer_options or {},
+                unpacker_options=unpacker_options or {},
+            ),
         )
         self._table = self.service.table()
         self._counters = Counters()
-        self._connection: Connection | None = None
-        # The greenlets of this connection and of those before that still answer something.
-        self._lives: dict[Greenlet[..., None], Connection] = {}
-        # The attempt to connect that is under way, for all who wait for it, and the calls to send when it succeeds.
-        self._attempt: AsyncResult[Connection] | None = None
-        self._connecting: Any = None
-        self._queue: list[_QueuedCall] = []
-        self._is_closed = False
+        self._links: PerHub[Link] = PerHub(self._new_link)
+        #: True from :meth:`close` on until :meth:`connect`.
+        self.is_closed = False
 
     # Calling.
 
-    def call(self, method: str, *params: Any, timeout: float | None = _DEFAULT) -> Any:
+    def call(
+        self,
+        method: str,
+        *params: Any,
+        timeout: float | None = _DEFAULT,
+        idempotent: bool = False,
+        cancel_on_timeout: bool | None = None,
+    ) -> Any:
         """Call ``method`` and wait, in this greenlet only, for its result.
 
-        ``timeout`` covers connecting too, where that has to be done first.
+        ``timeout`` and ``cancel_on_timeout`` are the client's, unless they are given. A request that has not left when
+        the connection is lost goes out on the next one. One that has left may have been carried out, and the call
+        fails, unless it is ``idempotent``: then it is sent again.
 
         Raises:
             RemoteError: the server answered an error; MethodNotFound if it has no such method.
-            CallTimeout: no answer came in time.
-            ConnectFailed: there is no connection, and none could be made.
+            CallTimeout: no answer came in time. ``sent`` tells whether the request had left by then.
+            ConnectFailed: no connection could be made within ``connect_timeout``, and the call has no time-out; or
+                none can be made: the certificate is not to be trusted, say.
             ConnectionClosed: the connection ended before the answer came, or the client is closed.
             ProtocolError: the answer holds a value that can't be decoded. The connection goes on.
             TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
         """
-        if timeout is _DEFAULT:
-            timeout = self.timeout
-        connection = self._connection
-        if connection is None or not connection.is_open:
-            begun = perf_counter()
-            with gevent.Timeout(timeout, CallTimeout(method, timeout or 0)):
-                connection = self._connected()
-            if timeout is not None:
-                left = timeout - (perf_counter() - begun)
-                try:
-                    return connection.call(method, *params, timeout=max(0.0, left))
-                except CallTimeout:
-                    raise CallTimeout(method, timeout) from None  # What the caller said, not what was left of it.
-        return connection.call(method, *params, timeout=timeout)
+        tell = self.cancel_on_timeout if cancel_on_timeout is None else cancel_on_timeout
+        if timeout is not _DEFAULT:
+            return self._links.get().call(method, params, timeout, idempotent, tell)
+        try:
+            return self._links.get().call(method, params, self.timeout, idempotent, tell)
+        except CallTimeout as exc:
+            raise _of_client(exc) from exc.__cause__
 
-    def call_async(self, method: str, *params: Any, timeout: float | None = _DEFAULT) -> PendingCall:
+    def call_async(
+        self,
+        method: str,
+        *params: Any,
+        timeout: float | None = _DEFAULT,
+        idempotent: bool = False,
+        cancel_on_timeout: bool | None = None,
+    ) -> PendingCall:
         """Call ``method`` and go on; what it returns has the result once it is there, or the error.
 
-        Where there is no connection yet the call is sent, in order, as soon as there is one.
+        The keywords are :meth:`call`'s. Where there is no connection yet, or no room on it, the call is sent, in order,
+        as soon as there is. Only where ``max_pending`` calls wait for that already this waits until it is its turn.
 
         Raises:
             ConnectionClosed: the client is closed.
-            TypeError, ValueError, OverflowError: the params can't be packed (``get`` raises it, where there is no
-                connection yet). Nothing was sent.
+            TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
         """
-        if timeout is _DEFAULT:
-            timeout = self.timeout
-        connection = self._connection
-        if connection is not None and connection.is_open:
-            return connection.call_async(method, *params, timeout=timeout)
-        check_timeout("timeout", timeout)
-        self._begin_to_connect()
-        queued = _QueuedCall(PendingCall(method), params, timeout)
-        queued.pending._forget = queued.give_up
-        self._queue.append(queued)
-        return queued.pending
+        tell = self.cancel_on_timeout if cancel_on_timeout is None else cancel_on_timeout
+        if timeout is not _DEFAULT:
+            return self._links.get().call_async(method, params, timeout, idempotent, tell)
+        call = self._links.get().call_async(method, params, self.timeout, idempotent, tell)
+        if call.is_limited:
+            call.which = "client"
+        return call
 
-    def notify(self, method: str, *params: Any) -> None:
+    def notify(self, method: str, *params: Any, timeout: float | None = _DEFAULT) -> None:
         """Call ``method`` without an answer: whether it arrives and succeeds can't be known.
 
-        Waits for the connection, if there is none yet; raises like :meth:`call`, but for what an answer would bring. It
-        leaves at the latest when this greenlet waits for something, when the client is closed, or at exit.
+        Waits for the connection, if there is none yet, and while more than ``max_unsent_size`` bytes wait to be sent;
+        raises like :meth:`call`, but for what an answer would bring. It leaves at the latest when this greenlet waits
+        for something, when the client is closed, or at exit.
         """
-        connection = self._connection
-        if connection is None or not connection.is_open:
-            connection = self._connected()
-        connection.notify(method, *params)
+        if timeout is not _DEFAULT:
+            self._links.get().notify(method, params, timeout)
+            return
+        try:
+            self._links.get().notify(method, params, self.timeout)
+        except CallTimeout as exc:
+            raise _of_client(exc) from exc.__cause__
 
     @property
     def proxy(self) -> Proxy:
         """Calls methods as attributes: ``client.proxy.math.pow(2, 10)`` calls ``math.pow``."""
         return Proxy(self)
 
-    # Connecting.
+    # Its life.
 
     def connect(self) -> Self:
         """Connect, if there is no connection; a client that was closed is open again.
 
         Raises:
-            ConnectFailed: nobody answers, or not in time.
+            ConnectFailed: nobody answers, and didn't within ``connect_timeout``.
         """
-        self._is_closed = False
-        self._connected()
+        self.is_closed = False
+        self._links.get().connect()
         return self
 
     def close(self) -> None:
         """Close the connection: calls that wait end with ConnectionClosed.
 
-        What was sent before, a notification perhaps, still arrives if the peer takes it within two seconds.
+        What was sent before, a notification perhaps, still arrives if the peer takes it within two seconds. The
+        connections of other threads are closed, too, but not waited for.
 
         May be called any number of times. Calls from now on raise ConnectionClosed, until :meth:`connect`.
         """
-        self._is_closed = True
-        closed = ConnectionClosed("the client was closed")
-        if self._attempt is not None:
-            self._attempt.set_exception(closed)
-            self._attempt = None
-            self._connecting.kill(block=False)
-        self._fail_queue(closed)
-        for connection in self._lives.values():
-            connection.close()
-        current: Any = gevent.getcurrent()
-        gevent.joinall([life for life in self._lives if life is not current])
+        self.is_closed = True
+        own = self._links.get()
+        for link in self._links.all():
+            if link is not own:
+                link.close_from_elsewhere()
+        own.close()
 
     @property
     def is_connected(self) -> bool:
-        """True while there is a connection on which calls can be sent."""
-        return self._connection is not None and self._connection.is_open
+        """True while this thread has a connection on which calls can be sent."""
+        return self._links.get().is_connected
 
     @property
     def connection(self) -> Connection | None:
-        """The connection there is, or the last one there was."""
-        return self._connection
+        """The connection that this thread has, or the last one that it had."""
+        return self._links.get().connection
 
     def statistics(self) -> dict[str, int]:
         """What happened since the client was made, and how much is going on now; see :class:`Counters`."""
-        connection = self._connection
+        links = self._links.all()
+        connections = [link.connection for link in links if link.connection is not None]
         return {
             **self._counters.snapshot(),
-            "open_connections": int(self.is_connected),
-            "in_flight": connection.in_flight if connection is not None else 0,
-            "pending": len(self._queue) + (connection.pending if connection is not None else 0),
+            "open_connections": sum(link.is_connected for link in links),
+            "in_flight": sum(connection.in_flight for connection in connections),
+            "pending": sum(link.pending for link in links),
         }
 
     def __enter__(self) -> Self:
@@ -256,52 +293,22 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connected(self) -> Connection:
-        """The connection, made first if there is none; blocks this greenlet."""
-        if self._connection is not None and self._connection.is_open:
-            return self._connection
-        attempt: Any = self._begin_to_connect()
-        return attempt.get()  # type: ignore[no-any-return]
+    # What its links need.
 
-    def _begin_to_connect(self) -> AsyncResult[Connection]:
-        if self._is_closed:
-            raise ConnectionClosed("the client is closed")
-        if self._attempt is None:
-            # In a greenlet of its own: the caller who came first may lose patience, the others still wait.
-            self._attempt = AsyncResult()
-            self._connecting = gevent.spawn(self._connect, self._attempt)
-        elif gevent.getcurrent() is self._connecting:
-            raise RuntimeError("a hook can't call: there is no connection yet")
-        return self._attempt
+    def _new_link(self) -> Link:
+        return Link(self, self._table, self._options, self._counters)
 
-    def _connect(self, attempt: AsyncResult[Connection]) -> None:
-        try:
-            stream = self._open_stream()
-        except BaseException as exc:
-            if self._attempt is not attempt:
-                return  # Closed meanwhile: nobody waits any more.
-            self._attempt = None
-            if not isinstance(exc, Exception):  # A hook's, or this greenlet was killed.
-                exc = ConnectFailed(f"can't connect to {format_address(self.address)}: {text_of(exc)}")
-            self._fail_queue(exc)
-            attempt.set_exception(exc)
-            self._run_on_error(exc)
-            return
-        if self._attempt is not attempt:
-            stream.close()
-            return
-        self._attempt = None
-        connection = Connection(stream, self._table, self._options, counters=self._counters, peer=self.address)
-        self._connection = connection
-        life = gevent.spawn(self._live, connection)
-        self._lives[life] = connection
-        life.rawlink(self._lives.pop)
-        queue, self._queue = self._queue, []
-        for queued in queue:
-            queued.send(connection)
-        attempt.set(connection)
+    @property
+    def peer(self) -> Any:
+        """What its connections call the server."""
+        return self.address
 
-    def _open_stream(self) -> Stream:
+    def open_stream(self) -> Stream:
+        """A new stream to the server; blocks this greenlet.
+
+        Raises:
+            ConnectFailed: there is none to be had, or not within ``connect_timeout``.
+        """
         where = format_address(self.address)
         stream: PlainStream | None = None
         late = ConnectFailed(f"can't connect to {where}: no connection within {self.connect_timeout} s")
@@ -327,12 +334,15 @@ class Client:
                 raise ConnectFailed(f"can't connect to {where}: {exc}") from (exc.__cause__ or exc)
             raise
 
-    def _live(self, connection: Connection) -> None:
-        error = connection.run()
-        if error is not None:
-            self._run_on_error(error)
+    def is_worth_another_try(self, failure: BaseException) -> bool:
+        """Whether what :meth:`open_stream` has raised may be otherwise next time: a server may come back."""
+        # What a hook raises is no ConnectFailed.
+        return isinstance(failure, ConnectFailed) and not isinstance(
+            failure.__cause__, (ssl.SSLCertVerificationError, PermissionError)
+        )
 
-    def _run_on_error(self, exc: Exception) -> None:
+    def report(self, exc: Exception) -> None:
+        """Tell the hook that no connection could be made, or that one was lost."""
         if self._on_error is not None:
             try:
                 self._on_error(self, exc)
@@ -341,10 +351,10 @@ class Client:
             except BaseException as failure:  # Also SystemExit, which would end the program.
                 log(logger, logging.ERROR, "the hook %r failed", self._on_error, exc_info=failure)
 
-    def _fail_queue(self, exc: Exception) -> None:
-        queue, self._queue = self._queue, []
-        for queued in queue:
-            queued.fail(exc)
+
+def _of_client(late: CallTimeout) -> CallTimeout:
+    """The same, where the time-out was the client's."""
+    return CallTimeout(late.method, late.timeout, which="client", sent=late.sent)
 
 
 class Proxy:
@@ -368,42 +378,6 @@ class Proxy:
 
     def __repr__(self) -> str:
         return f"<Proxy {self._name or 'of a client'}>"
-
-
-class _QueuedCall:
-    """A call that was made before there was a connection."""
-
-    def __init__(self, pending: PendingCall, params: tuple[Any, ...], timeout: float | None) -> None:
-        self.pending = pending
-        self._params = params
-        self._timeout = timeout
-        self._begun = perf_counter()
-        self._timer: Any = None
-        if timeout is not None:
-            self._timer = gevent.get_hub().loop.timer(timeout)
-            self._timer.start(self.fail, CallTimeout(pending.method, timeout), update=True)
-
-    def send(self, connection: Connection) -> None:
-        if self.pending.ready():
-            return
-        timeout = self._timeout
-        if timeout is not None:
-            timeout = max(0.0, timeout - (perf_counter() - self._begun))
-        self.give_up()
-        try:
-            connection.send_call(self.pending, self._params, timeout)
-        except Exception as exc:
-            self.fail(exc)
-
-    def fail(self, exc: Exception) -> None:
-        self.give_up()
-        if not self.pending.ready():
-            self.pending.set_exception(exc)
-
-    def give_up(self) -> None:
-        if self._timer is not None:
-            self._timer.close()
-            self._timer = None
 
 
 def mprpc_client(host: str, port: int | str, **options: Any) -> Client:

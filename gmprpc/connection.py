@@ -21,6 +21,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, Final
@@ -43,7 +44,7 @@ from .protocol import (
     Decoder,
     Message,
     Run,
-    requests_in,
+    parted,
 )
 from .reply import PendingCall, Reply, get_thread_ident
 from .requests import RequestGreenlet, Requests
@@ -169,9 +170,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_backlog",
-        "_backlog_size",
         "_batch_end",
-        "_calls",
         "_counters",
         "_decoder",
         "_hub",
@@ -208,12 +207,15 @@ class Connection:
         "_turn",
         "_unsent_answers",
         "_unsent_requests",
-        "_used_at",
         "_write_deadline",
         "_write_watcher",
+        "calls",
         "error",
+        "has_heard",
         "is_settling",
         "peer",
+        "unsent_size",
+        "used_at",
     )
 
     def __init__(
@@ -250,6 +252,8 @@ class Connection:
         self._batch_end = 0.0
         self._is_awake = False  # Looked after by the sweeper.
         self._is_active = False  # Something has been read since it looked last.
+        #: True once anything has come from the peer.
+        self.has_heard = False
         # The rest of a message has to come in time; time in which this side doesn't read isn't the peer's.
         self._read_deadline = Deadline(self._loop, options.read_timeout, self._on_silence)
 
@@ -258,14 +262,15 @@ class Connection:
         self._requests = Requests(self, methods, options, counters, self._out)
         self._todo = self._requests.todo  # What is decoded and not carried out yet, the next one last.
 
-        # Calls to the peer.
-        self._calls = Calls(self, self._requests.encoder)
-        self._pending = self._calls.pending
+        #: The calls to the peer.
+        self.calls = Calls(self, self._requests.encoder)
+        self._pending = self.calls.pending
 
         # Writing.
         self._send = stream.send
         self._backlog: list[bytes | memoryview] = []  # What the kernel didn't take; then everything goes here.
-        self._backlog_size = 0
+        #: How many bytes that is.
+        self.unsent_size = 0
         self._max_unsent_size = sys.maxsize if options.max_unsent_size is None else options.max_unsent_size
         # What was answered since the backlog was empty last has not been sent, as far as can be told without a look at
         # each message: so many places of `max_concurrency` are taken by it.
@@ -274,7 +279,7 @@ class Connection:
         self._own_messages = 0  # So many of those in `_out` are no answers.
         self._refusals_size = 0  # Of what was refused since all had been written.
         self._is_amid_write = False  # A part of the backlog's first piece has been written.
-        self._unsent_requests: frozenset[int] = frozenset()  # When the connection was lost.
+        self._unsent_requests: Mapping[int, bytes] = {}  # Their bodies, when the connection was lost.
         self._write_watcher: Any = None
         self._write_deadline = Deadline(self._loop, options.write_timeout, self._on_unread)
         #: `_settle` will be called soon: at the end of a batch, or by the loop.
@@ -282,7 +287,8 @@ class Connection:
 
         # The end.
         self._phase = _OPEN
-        self._used_at = perf_counter()
+        #: When something was read or sent on this side's own account last.
+        self.used_at = perf_counter()
         self._idle_deadline = Deadline(self._loop, options.idle_timeout, self._on_idle)
         self._is_cut = False  # Closed by this side before it was quiet.
         self._is_aborted = False  # Nothing more can, or shall, be sent.
@@ -305,7 +311,7 @@ class Connection:
             ProtocolError: the answer holds a value that can't be decoded. The connection goes on.
             TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
         """
-        return self._calls.call(method, params, timeout)
+        return self.calls.call(method, params, timeout)
 
     def call_async(self, method: str, *params: Any, timeout: float | None = None) -> PendingCall:
         """Call ``method`` of the peer and go on; what it returns has the result once it is there.
@@ -315,12 +321,8 @@ class Connection:
             TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
         """
         call = PendingCall(method)
-        self._calls.send(call, params, timeout)
+        self.calls.send(call, params, timeout)
         return call
-
-    def send_call(self, call: PendingCall, params: tuple[Any, ...], timeout: float | None) -> None:
-        """Send ``call``, which was made before there was a connection; raises like :meth:`call_async`."""
-        self._calls.send(call, params, timeout)
 
     def notify(self, method: str, *params: Any) -> None:
         """Call ``method`` of the peer without an answer: whether it arrives and succeeds can't be known.
@@ -356,6 +358,15 @@ class Connection:
         return self._phase == _CLOSED
 
     @property
+    def is_given_up(self) -> bool:
+        """True once this side has closed the connection itself, or left it to another process."""
+        return self._is_cut or self._is_abandoned
+
+    def has_room(self, max_pending: int) -> bool:
+        """Whether another call can be sent now, so that ``max_pending`` at most wait for their answers."""
+        return self._phase < _DEAF and len(self._pending) < max_pending and self.unsent_size <= self._max_unsent_size
+
+    @property
     def in_flight(self) -> int:
         """How many requests and notifications of the peer are at work, or answered and the answer not sent yet."""
         return len(self._requests) + self._unsent_answers
@@ -363,7 +374,7 @@ class Connection:
     @property
     def pending(self) -> int:
         """How many calls to the peer wait for their answer."""
-        return len(self._calls.pending)
+        return len(self.calls.pending)
 
     def finish(self) -> None:
         """Answer what has been received, then close; returns at once, :meth:`wait` waits for it."""
@@ -386,6 +397,17 @@ class Connection:
         """Close at once, whatever is still to be sent."""
         self._is_aborted = True
         self.close()
+
+    def lose(self, reason: Exception) -> None:
+        """Close at once, because of ``reason``: the peer is known to be gone; in the hub."""
+        if self._phase < _CLOSED:
+            self._lose(reason)
+
+    def leave(self) -> None:
+        """Close at once, stream included: the thread in which this is called, its own, ends."""
+        self._stream.close()
+        with suppress(ValueError):  # The loop may be gone already.
+            self.abort()
 
     def abandon(self) -> None:
         """Leave the stream to the process that this one was forked off from; here the connection is closed.
@@ -471,8 +493,8 @@ class Connection:
                 return
             # To look at once whether the peer has said something saves a round of the loop: 2 µs of 20 for each
             # message, if it has. Where it hasn't, the look was in vain, and the next ones are skipped.
-            until = self._used_at + _STREAK_TIME
-            while self._used_at < until and self._is_reading and not self._decoder.unfinished:
+            until = self.used_at + _STREAK_TIME
+            while self.used_at < until and self._is_reading and not self._decoder.unfinished:
                 if self._read() or self._read_soon():
                     self._looks_skipped = 0
                 else:
@@ -527,7 +549,7 @@ class Connection:
             self._hear_end()
             return False
         if not self._is_active:
-            self._is_active = True
+            self._is_active = self.has_heard = True
             if not self._is_awake:
                 self._stay_awake()
         self._decode(data)
@@ -567,8 +589,8 @@ class Connection:
         idle, deferred = requests.idle, requests.deferred
         # Requests that end within this batch don't have to see to it that their answers are sent.
         self.is_settling = True
-        self._used_at = perf_counter()
-        self._batch_end = self._used_at + _BATCH_TIME
+        self.used_at = perf_counter()
+        self._batch_end = self.used_at + _BATCH_TIME
         left = _BATCH_MESSAGES
         try:
             while todo or (self._inbox is not None and self._decode()):
@@ -615,7 +637,7 @@ class Connection:
         """Deal with a message that is well framed, but holds what can't be decoded or is no valid request."""
         _, msgid, kind, reason = message
         if kind == RESPONSE:
-            waiter = self._calls.pending.pop(msgid, None)
+            waiter = self.calls.pending.pop(msgid, None)
             if waiter is not None:
                 waiter(ProtocolError(f"the answer {reason}"))
                 return
@@ -652,8 +674,8 @@ class Connection:
         """The idle time-out has passed since the connection was looked at last: perhaps it was quiet all along."""
         timeout = self._idle_deadline.seconds
         assert timeout is not None
-        left = self._used_at + timeout - perf_counter()
-        if self._requests or self._calls.pending or self._backlog or self._is_amid_something():
+        left = self.used_at + timeout - perf_counter()
+        if self._requests or self.calls.pending or self._backlog or self._is_amid_something():
             self._idle_deadline.put_off()
         elif left > 0:
             self._idle_deadline.put_off(left)
@@ -672,7 +694,18 @@ class Connection:
         """Take no more messages; what was received is still answered."""
         self._phase = max(self._phase, _DEAF)
         self.error = self.error or (error and error.with_traceback(None))  # Its frames hold what was received.
-        self._calls.fail_all(self.error, self._unsent_requests)
+        self.calls.fail_all(self.error, self._take_back_requests() if self._pending else {})
+
+    def _take_back_requests(self) -> dict[int, bytes]:
+        """Take the requests that haven't left out of what waits to be sent; returns their bodies by their msgids."""
+        # The first piece may have left in part, or be amid a record of TLS.
+        bodies, others = parted(b"".join(self._backlog[1:]))
+        self._backlog[1:] = others
+        self.unsent_size = sum(map(len, self._backlog))
+        late_bodies, others = parted(b"".join(self._out))
+        self._own_messages -= len(self._out) - len(others)
+        self._out[:] = others
+        return bodies | late_bodies
 
     # Between the batches, in the hub.
 
@@ -700,12 +733,15 @@ class Connection:
             and self._inbox is None
             and not requests.deferred
             and len(requests.greenlets) < self._max_concurrency
+            and self.calls.on_room is None
         ):
             return
+        if self.calls.on_room is not None:
+            self.calls.on_room()
         if self._phase == _CLOSED:
             self._clear_away()
             return
-        if self._calls.pending:
+        if self.calls.pending:
             # Also with much unsent: the peer may do the same, and then neither would read. But it gets no more than so
             # many refusals that it doesn't take.
             may_read = self._refusals_size <= self._max_unsent_size
@@ -717,7 +753,7 @@ class Connection:
                 self._turn = self._loop.timer(0)
                 self._turn.start(self._resume)
             may_read = False
-        elif self._phase >= _DEAF or (self._phase == _DRAINED and not self._calls.pending):
+        elif self._phase >= _DEAF or (self._phase == _DRAINED and not self.calls.pending):
             if not requests and not self._backlog:
                 self._end(self.error)
                 return
@@ -750,7 +786,7 @@ class Connection:
         """Send what this side says on its own account: at once, or together with what else this batch brings."""
         self._out.append(data)
         self._own_messages += 1
-        self._used_at = perf_counter()
+        self.used_at = perf_counter()
         if not self.is_settling:
             self.flush()
             self.settle_soon()
@@ -764,7 +800,7 @@ class Connection:
         self._own_messages = 0
         if self._backlog:
             self._backlog += out
-            self._backlog_size += sum(map(len, out))
+            self.unsent_size += sum(map(len, out))
             out.clear()
         else:
             data = out[0] if len(out) == 1 else b"".join(out)
@@ -780,7 +816,7 @@ class Connection:
 
     def _is_choked(self) -> bool:
         """True when so much waits to be sent that the peer isn't to be read any further."""
-        return self._backlog_size > self._max_unsent_size or (
+        return self.unsent_size > self._max_unsent_size or (
             bool(self._backlog) and self.in_flight + len(self._out) >= self._max_concurrency
         )
 
@@ -798,7 +834,7 @@ class Connection:
             self._is_amid_write = False
             return
         self._backlog.insert(0, memoryview(data)[sent:])
-        self._backlog_size += len(data) - sent
+        self.unsent_size += len(data) - sent
         self._is_amid_write = sent > 0 or self._is_amid_write
         if sent or not self._write_deadline.is_set:
             self._write_deadline.put_off()
@@ -813,7 +849,7 @@ class Connection:
             count += 1
         data = self._backlog[0] if count == 1 else b"".join(self._backlog[:count])
         del self._backlog[:count]
-        self._backlog_size -= size
+        self.unsent_size -= size
         self._write(data)
         if not self._backlog and self._write_watcher is not None:
             self._write_watcher.close()
@@ -831,10 +867,10 @@ class Connection:
         """The stream is broken: nothing more can be received or sent."""
         error = ConnectionClosed(f"connection lost: {getattr(reason, 'strerror', None) or reason}")
         error.__cause__ = reason.with_traceback(None)  # Its frames hold what was to be sent.
-        if self._calls.pending:  # Else nobody asks; and answers may be many, and large.
+        if self.calls.pending:  # Else nobody asks; and answers may be many, and large.
             # What is still here has not left; what was partly written may have.
             unsent = self._backlog[1:] if self._is_amid_write else self._backlog
-            self._unsent_requests = frozenset(requests_in(b"".join([*unsent, *self._out])))
+            self._unsent_requests, _ = parted(b"".join([*unsent, *self._out]))
         self._backlog.clear()
         self._out.clear()
         self._is_aborted = True
@@ -874,7 +910,7 @@ class Connection:
         self._counters.dropped_answers += len(self._out)
         self._out.clear()
         self._unsent_answers = 0
-        self._calls.fail_all(self.error, self._unsent_requests)
+        self.calls.fail_all(self.error, self._unsent_requests)
         if not self._is_abandoned:  # There the callers still wait, for the other process.
             self._requests.cancel_replies()
         self._decoder.abandon()

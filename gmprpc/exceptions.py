@@ -66,6 +66,9 @@ class MessageTooLarge(ProtocolError):
 class ConnectionClosed(RPCError, ConnectionError):
     """The connection ended before the answer came; ``__cause__`` says why, where there was a reason."""
 
+    # The rest of the request, where it had not left: it may go another way.
+    _body: bytes | None = None
+
     def __init__(self, message: str = "connection closed", *, sent: bool = False) -> None:
         super().__init__(message)
         #: False when no byte of the request can have reached the peer, so that it is safe to call again.
@@ -77,14 +80,22 @@ class ConnectFailed(ConnectionClosed):
 
 
 class CallTimeout(RPCError, TimeoutError):
-    """No answer came in time; a late one is dropped and counted."""
+    """No answer came in time; a late one is dropped and counted.
 
-    def __init__(self, method: str, timeout: float) -> None:
-        super().__init__(f"no answer to {method!r} within {timeout:g} s")
+    ``__cause__`` is the last :exc:`ConnectFailed`, where there was no connection to send the request on.
+    """
+
+    def __init__(self, method: str, timeout: float, *, which: str = "call", sent: bool = True) -> None:
+        what = f"no answer to {method!r}" if sent else f"{method!r} could not be sent"
+        super().__init__(f"{what} within {timeout:g} s (the {which}'s timeout)")
         #: The method that was called.
         self.method = method
         #: Seconds that the caller was ready to wait.
         self.timeout = timeout
+        #: Whose timeout that was: ``"call"``, given with the call, or ``"client"``, the client's default.
+        self.which = which
+        #: False when no byte of the request can have reached the peer, so that it is safe to call again.
+        self.sent = sent
 
 
 class RemoteError(RPCError):

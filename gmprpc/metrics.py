@@ -32,6 +32,8 @@ class Counters:
     expired_requests: int = 0
     #: Answers that came for a call that nobody waits for: timed out, cancelled, or never made.
     late_answers: int = 0
+    #: Requests that were sent a second time because they were ``idempotent`` and their connection was lost.
+    resent_requests: int = 0
     #: Answers that a handler gave after its connection had gone, or its time was over.
     dropped_answers: int = 0
 

@@ -29,6 +29,17 @@ MAX_CONNECTIONS = 10_000
 READ_TIMEOUT = 60.0
 WRITE_TIMEOUT = 60.0
 
+#: How long a connection may take: the precedent of websockets.
+CONNECT_TIMEOUT = 10.0
+
+#: The first wait before another attempt to connect, at most, and the longest one. Between a server that is restarted,
+#: which takes a second, and one that is gone, which 1,000 clients shouldn't keep busy. Picked arbitrarily.
+RETRY_INTERVAL = 0.1
+MAX_RETRY_INTERVAL = 5.0
+
+#: How many calls may wait for their answers on one connection: Envoy's number.
+MAX_PENDING = 1024
+
 # Beyond 4 GiB msgpack miscounts the bytes of a value.
 _MAX_MESSAGE_SIZE = 2**32 - 1
 
@@ -68,6 +79,28 @@ class ConnectionOptions:
         # What msgpack doesn't take shall be known now, not when the first connection is made.
         Packer(**self.packer_options)
         Unpacker(**self.unpacker_options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How a client holds its connection; see :class:`~gmprpc.Client` for each field."""
+
+    connection: ConnectionOptions
+    connect_timeout: float | None = CONNECT_TIMEOUT
+    retry_interval: float | None = RETRY_INTERVAL
+    max_retry_interval: float = MAX_RETRY_INTERVAL
+    max_pending: int | None = MAX_PENDING
+    ping_interval: float | None = None
+
+    def __post_init__(self) -> None:
+        check_timeout("connect_timeout", self.connect_timeout)
+        check_timeout("retry_interval", self.retry_interval)
+        check_timeout("max_retry_interval", self.max_retry_interval)
+        check_limit("max_pending", self.max_pending)
+        if self.ping_interval is not None:
+            check_timeout("ping_interval", self.ping_interval)
+            if self.ping_interval == 0:
+                raise ValueError("ping_interval has to be None or more than 0 s")
 
 
 def check_timeout(name: str, seconds: float | None) -> None:

@@ -59,17 +59,32 @@ def result_of(response: Message, method: str) -> Any:
     return result
 
 
-def requests_in(data: Buffer) -> Iterator[int]:
-    """The msgids of the requests in ``data``, which begins with a message and was made by an :class:`Encoder`."""
+def request_of(msgid: int, body: bytes) -> bytes:
+    """The request ``msgid`` with the ``body`` that :meth:`Encoder.body` has packed."""
+    return b"\x94\x00" + msgpack.packb(msgid) + body
+
+
+def parted(data: Buffer) -> tuple[dict[int, bytes], list[bytes]]:
+    """The bodies of the requests in ``data`` by their msgids, and all other messages in their order.
+
+    ``data`` begins with a message and was made by an :class:`Encoder`.
+    """
     reader = Unpacker(read_size=len(data) or 1, max_buffer_size=0, raw=True)
     reader.feed(data)
-    while reader.tell() < len(data):
+    bodies: dict[int, bytes] = {}
+    others: list[bytes] = []
+    view = memoryview(data)
+    while (start := reader.tell()) < len(data):
         length = reader.read_array_header()
         kind, msgid = reader.unpack(), reader.unpack()
+        body_start = reader.tell()
         for _ in range(length - 2):
             reader.skip()  # It may be large, or hold what can be packed but not be read back.
         if kind == REQUEST:
-            yield msgid
+            bodies[msgid] = bytes(view[body_start : reader.tell()])
+        else:
+            others.append(bytes(view[start : reader.tell()]))
+    return bodies, others
 
 
 def next_msgid(msgid: int, pending: Container[int]) -> int:
@@ -106,6 +121,10 @@ class Encoder:
     def request(self, msgid: int, method: str, params: Sequence[Any]) -> bytes:
         """The bytes of ``[0, msgid, method, params]``."""
         return self._packed([REQUEST, msgid, method, list(params)])
+
+    def body(self, method: str, params: Sequence[Any]) -> bytes:
+        """What follows the msgid in a request, for one that is made before it has a msgid; see :func:`request_of`."""
+        return self.request(0, method, params)[3:]
 
     def response(self, msgid: int, error: Any, result: Any) -> bytes:
         """The bytes of ``[1, msgid, error, result]``; one of the last two has to be None."""

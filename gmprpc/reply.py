@@ -13,7 +13,7 @@ import gevent
 from gevent import GreenletExit, monkey
 from gevent.event import AsyncResult
 
-from .exceptions import AlreadyAnswered, CallCancelled, ErrorResponse
+from .exceptions import AlreadyAnswered, CallCancelled, CallTimeout, ErrorResponse
 from .log import log
 
 logger = logging.getLogger("gmprpc.reply")
@@ -161,29 +161,56 @@ def failure_of(result: Any) -> BaseException | None:
 
 
 class PendingCall(_AsyncResult):
-    """A call that was sent and not yet answered; :meth:`get` waits for its result or raises its error.
+    """A call that was made and not yet answered; :meth:`get` waits for its result or raises its error.
 
     A :exc:`gevent.Timeout` out of ``get`` leaves the call pending: ask again, or :meth:`cancel` it.
     """
+
+    #: True if its time is limited, and whose time-out that is; see :class:`CallTimeout`.
+    is_limited = False
+    which = "call"
+    # Takes the call off the books that it is on, tells the peer if that is asked for, and says whether the request
+    # may have left. Whoever has the call on the books sets it.
+    _forget: Callable[[bool], bool] | None = None
+    # Why it couldn't be sent, if it couldn't.
+    _obstacle: Exception | None = None
 
     def __init__(self, method: str) -> None:
         super().__init__()
         #: The method that was called.
         self.method = method
-        # How to take the call off the connection's books, once it is on them.
-        self._forget: Callable[[], Any] | None = None
 
-    def cancel(self) -> bool:  # type: ignore[override]
+    def cancel(self, tell: bool = True) -> bool:  # type: ignore[override]
         """Give the call up: waiters get :exc:`CallCancelled`, and an answer that still comes is dropped.
 
-        Returns whether there was anything left to give up. The peer isn't told.
+        The peer is told with the notification ``$/cancel``, if the request had left; not with ``tell=False``, which is
+        for peers that close the connection on a notification they don't know. Returns whether there was anything left
+        to give up.
         """
         if self.ready():
             return False
-        if self._forget is not None:
-            self._forget()
+        self.forget(tell)
         self.set_exception(CallCancelled(f"call of {self.method!r} was cancelled"))
         return True
+
+    def forget(self, tell: bool) -> bool:
+        """Take it off the books; whoever does that has to set it. Says whether the request may have left."""
+        forget, self._forget = self._forget, None
+        return forget is not None and forget(tell)
+
+    def limit(self, loop: Any, timeout: float, tell: bool, left: float | None = None) -> None:
+        """Let it fail with :exc:`CallTimeout` after ``timeout`` seconds, of which ``left`` are left, wherever it is."""
+        self.is_limited = True
+        timer = loop.timer(timeout if left is None else left)
+        # From now on, and not from when the loop last looked at the clock.
+        timer.start(self._expire, timeout, tell, update=True)
+        self.rawlink(lambda _: timer.close())
+
+    def _expire(self, timeout: float, tell: bool) -> None:
+        if not self.ready():
+            late = CallTimeout(self.method, timeout, which=self.which, sent=self.forget(tell))
+            late.__cause__ = self._obstacle
+            self.set_exception(late)
 
 
 def _call_back(callback: Callable[[], Any]) -> None:

@@ -91,7 +91,7 @@ def test_the_end_of_the_line_ends_every_call_and_says_whether_it_was_sent(calls:
     callers = [waiting(calls), waiting(calls)]
     pending = PendingCall("method")
     calls.send(pending, (), None)
-    in_hub(calls.fail_all, cause, {1})
+    in_hub(calls.fail_all, cause, {1: b""})
     outcomes: list[Any] = [*callers, pending]
     for outcome, is_sent in zip(outcomes, (True, False, True), strict=True):
         with pytest.raises(ConnectionClosed) as caught:
@@ -108,7 +108,7 @@ def test_a_caller_that_dies_of_the_end_keeps_nobody_from_being_told(
     gevent.spawn_raw(calls.call, "method", (), None)
     gevent.sleep(0)
     other = waiting(calls)
-    in_hub(calls.fail_all, None, ())
+    in_hub(calls.fail_all, None, {})
     with pytest.raises(ConnectionClosed):
         other.get()
     assert died == [ConnectionClosed] * 2  # gevent shows the end of the other one, too.

@@ -400,7 +400,7 @@ def test_a_peer_that_doesnt_read_is_not_read_any_further(service: gmprpc.Service
     gevent.sleep(0.05)
     seen = calls[0]
     # The high-water mark, what the kernel took, and no more than one answer beyond.
-    assert pair.connection._backlog_size < 256 * 1024 + 2 * 100_100
+    assert pair.connection.unsent_size < 256 * 1024 + 2 * 100_100
     gevent.sleep(0.05)
     assert calls[0] == seen < 100
     assert [len(pair.peer.receive()[3]) for _ in range(1000)] == [100_000] * 1000
@@ -523,7 +523,7 @@ def test_however_large_the_answers_of_a_batch_are_not_much_more_than_max_unsent_
     stuck = make_stuck(max_concurrency=None, max_unsent_size=50_000)
     stuck.peer.send(*[[0, 0, "give", []]] * 380)  # As many as are read at once.
     wait_until(lambda: stuck.connection._backlog)
-    assert stuck.connection._backlog_size < 50_000 + 2 * 17_000 + 380 * 1024
+    assert stuck.connection.unsent_size < 50_000 + 2 * 17_000 + 380 * 1024
     stuck.let_go()
     for _ in range(380):
         assert len(stuck.peer.receive()[3]) == size
@@ -593,11 +593,11 @@ def test_answers_that_nobody_reads_are_not_looked_through_when_the_peer_has_gone
 ) -> None:
     looks: list[int] = []
 
-    def look(data: bytes) -> Iterator[int]:
+    def look(data: bytes) -> Any:
         looks.append(len(data))
-        return iter(())
+        return {}, []
 
-    monkeypatch.setattr(connection, "requests_in", look)
+    monkeypatch.setattr(connection, "parted", look)
     service.register(lambda: b"x" * 1_000_000, "give")
     pair = Pair(service)
     pair.peer.send(*([0, number, "give", []] for number in range(10)))
@@ -759,7 +759,7 @@ def test_refusals_that_nobody_reads_are_bounded(service: gmprpc.Service) -> None
     # A call is pending, so reading goes on; but not for ever.
     flood = gevent.spawn(pair.peer.send, *[[0, 5, "give", []]] * 1_000_000)
     wait_until(lambda: not pair.connection._is_reading and pair.connection._turn is None)
-    assert pair.connection._backlog_size < 4_000_000
+    assert pair.connection.unsent_size < 4_000_000
     flood.kill()
     pair.close()
 
@@ -793,7 +793,7 @@ def test_nothing_is_refused_because_the_last_call_of_this_side_ends_just_before_
 
     @service.method
     def give_up() -> None:
-        gevent.get_hub().loop.run_callback(call.cancel)
+        gevent.get_hub().loop.run_callback(call.cancel, False)
         service.methods["hold"](0)
 
     pair.peer.send([0, 0, "give_up", []], [0, 1, "echo", [1]])

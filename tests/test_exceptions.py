@@ -96,9 +96,9 @@ def test_errors_say_what_happened_and_carry_the_facts() -> None:
     assert (too_large.size, too_large.max_message_size) == (30, 20)
 
     late = CallTimeout("m", 1.5)
-    assert str(late) == "no answer to 'm' within 1.5 s"
+    assert str(late) == "no answer to 'm' within 1.5 s (the call's timeout)"
     assert (late.method, late.timeout) == ("m", 1.5)
-    assert str(CallTimeout("m", 10)) == "no answer to 'm' within 10 s"
+    assert str(CallTimeout("m", 10)) == "no answer to 'm' within 10 s (the call's timeout)"
     # As an OSError it could have taken the two for an errno and its text.
     assert (late.errno, late.strerror) == (None, None)
 

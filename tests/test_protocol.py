@@ -34,7 +34,8 @@ from gmprpc.protocol import (
     Message,
     Run,
     next_msgid,
-    requests_in,
+    parted,
+    request_of,
     result_of,
 )
 
@@ -1112,6 +1113,10 @@ def test_the_next_msgid_is_always_free_and_in_bounds(msgid: int, pending: set[in
     assert all(i % (MAX_MSGID + 1) in pending for i in range(msgid + 1, msgid + 1 + (following - msgid - 1) % 2**32))
 
 
+def requests_in(data: Any) -> list[int]:
+    return list(parted(data)[0])
+
+
 def test_the_requests_in_some_bytes_are_told_by_their_msgids() -> None:
     encoder = Encoder()
     data = (
@@ -1121,22 +1126,38 @@ def test_the_requests_in_some_bytes_are_told_by_their_msgids() -> None:
         + encoder.request(MAX_MSGID, "€", [datetime.datetime.now(datetime.UTC), {1: b""}])
         + encoder.request(0, "m", [])
     )
-    assert list(requests_in(data)) == [7, MAX_MSGID, 0]
-    assert list(requests_in(memoryview(data))) == [7, MAX_MSGID, 0]
-    assert list(requests_in(b"")) == []
-    assert list(requests_in(encoder.request(3, "m", []))) == [3]
+    assert requests_in(data) == [7, MAX_MSGID, 0]
+    assert requests_in(memoryview(data)) == [7, MAX_MSGID, 0]
+    assert requests_in(b"") == []
+    assert requests_in(encoder.request(3, "m", [])) == [3]
 
 
 @brief
 @given(st.lists(messages, max_size=6))
 def test_no_request_is_overlooked(stream: list[Message]) -> None:
     data = b"".join(map(encoded, stream))
-    assert list(requests_in(data)) == [message[1] for message in stream if message[0] == REQUEST]
+    assert requests_in(data) == list({message[1]: None for message in stream if message[0] == REQUEST})
 
 
 @pytest.mark.parametrize("value", [{(1, 2): 3}, msgpack.Timestamp(2**40, 0)], ids=repr)
 def test_a_request_counts_though_its_params_can_not_be_decoded_here(value: Any) -> None:
-    assert list(requests_in(Encoder().request(5, "m", [value]))) == [5]
+    assert requests_in(Encoder().request(5, "m", [value])) == [5]
+
+
+@brief
+@given(st.lists(messages, max_size=6))
+def test_bytes_are_parted_into_the_bodies_of_requests_and_the_other_messages(stream: list[Message]) -> None:
+    data = [encoded(message) for message in stream]
+    bodies, others = parted(b"".join(data))
+    expected = {message[1]: packed for message, packed in zip(stream, data, strict=True) if message[0] == REQUEST}
+    assert {msgid: request_of(msgid, body) for msgid, body in bodies.items()} == expected
+    assert others == [packed for message, packed in zip(stream, data, strict=True) if message[0] != REQUEST]
+
+
+@pytest.mark.parametrize("msgid", [0, 127, 128, 255, 256, 65535, 65536, MAX_MSGID])
+def test_a_request_is_the_same_whether_its_msgid_is_known_when_it_is_packed_or_later(msgid: int) -> None:
+    encoder = Encoder()
+    assert request_of(msgid, encoder.body("method", [1, "x"])) == encoder.request(msgid, "method", [1, "x"])
 
 
 def test_only_requests_are_told_whatever_is_wrong_with_the_others() -> None:
@@ -1148,7 +1169,7 @@ def test_only_requests_are_told_whatever_is_wrong_with_the_others() -> None:
         encoder.response(6, 0, None),
         encoder.response(6, unreadable, None),
     ):
-        assert list(requests_in(other + encoder.request(5, "m", []) + other)) == [5]
+        assert requests_in(other + encoder.request(5, "m", []) + other) == [5]
 
 
 def test_the_result_of_a_response_is_returned_and_its_error_raised() -> None:

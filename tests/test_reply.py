@@ -438,7 +438,12 @@ def test_a_timeout_leaves_a_call_pending() -> None:
 def test_a_cancelled_call_ends_who_waits_and_is_taken_off_the_books() -> None:
     call = PendingCall("m")
     forgotten: list[bool] = []
-    call._forget = lambda: forgotten.append(not call.ready())
+
+    def forget(tell: bool) -> bool:
+        forgotten.append(not call.ready())
+        return tell
+
+    call._forget = forget
     outcomes: list[BaseException] = []
 
     def wait() -> None:

@@ -84,6 +84,7 @@ def call(
         address,
         timeout=timeout,
         connect_timeout=connect_timeout,
+        retry_interval=None,  # Whoever sits there wants to know.
         max_message_size=max_message_size,
         unpacker_options=UNPACKER_OPTIONS,
     )
@@ -116,7 +117,7 @@ def notify(
     ADDRESS is HOST:PORT or unix:PATH. Options come before it; everything after METHOD is a parameter, -1 too.
     """
     values = _values_of(method, params, data)
-    client = Client(address, connect_timeout=connect_timeout)
+    client = Client(address, connect_timeout=connect_timeout, retry_interval=None)
     _silence_log()
     with call_errors():
         client.notify(method, *values)

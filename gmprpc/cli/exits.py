@@ -69,7 +69,7 @@ def call_errors() -> Iterator[None]:
     except RemoteError as exc:
         raise AnsweredError(_text_of(exc.error)) from exc
     except CallTimeout as exc:
-        raise TimedOut(f"{exc}; --timeout gives it longer") from exc
+        raise TimedOut(f"no answer to {exc.method!r} within {exc.timeout:g} s; --timeout gives it longer") from exc
     except ConnectFailed as exc:
         is_deserted = isinstance(exc.__cause__, (ConnectionRefusedError, FileNotFoundError))
         raise Unreachable(f"{exc}; is the server running?" if is_deserted else str(exc)) from exc

@@ -1,0 +1,434 @@
+"""One hub's connection of a client: made when it is needed, made again when it is lost, and the calls that wait for it.
+
+It knows neither where the server is nor how to connect: it is given somebody who can.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from time import perf_counter
+from typing import Any, Protocol
+
+import gevent
+from gevent import Greenlet
+from gevent.event import Event
+
+from .backoff import Backoff
+from .calls import IN_HUB, TakeBack
+from .connection import Connection
+from .exceptions import ConnectFailed, ConnectionClosed, text_of
+from .heartbeat import Heartbeat
+from .methods import MethodTable
+from .metrics import Counters
+from .options import LinkOptions, check_timeout
+from .protocol import Encoder
+from .reply import PendingCall
+from .streams import Stream
+
+
+class Owner(Protocol):
+    """What a link needs of the client that it belongs to."""
+
+    @property
+    def peer(self) -> Any:
+        """Where the server is, for logs and for :attr:`gmprpc.Connection.peer`."""
+
+    @property
+    def is_closed(self) -> bool:
+        """True while nothing is to be connected or sent."""
+
+    def open_stream(self) -> Stream:
+        """A stream to the server; blocks the greenlet. What it raises says why there is none, and whether to try again.
+
+        Killed, it leaves nothing open.
+        """
+
+    def is_worth_another_try(self, failure: BaseException) -> bool:
+        """Whether what `open_stream` has raised may be otherwise next time."""
+
+    def report(self, exc: Exception) -> None:
+        """Tell whoever wants to know that there is no connection any more, or yet; may block the greenlet."""
+
+
+class Link:
+    """A connection to the server of ``owner``, for the greenlets of one thread."""
+
+    def __init__(self, owner: Owner, methods: MethodTable, options: LinkOptions, counters: Counters) -> None:
+        self._owner = owner
+        self._methods = methods
+        self._options = options
+        self._counters = counters
+        self._hub = gevent.get_hub()
+        self._max_pending = sys.maxsize if options.max_pending is None else options.max_pending
+        self._encoder = Encoder(options.connection.packer_options)
+        #: The connection on which calls are sent; it may have ended by now. None before the first and after `close`.
+        self.connection: Connection | None = None
+        # Takes a call back from it.
+        self._take_back_unsent: TakeBack | None = None
+        # The greenlets of this connection and of those before that still answer something.
+        self._lives: dict[Greenlet[..., None], Connection] = {}
+        # What waits for a connection, or for room on it, in the order in which it is to be sent; and before all that
+        # what was sent on a connection that has ended, and had not left.
+        self._queue: dict[PendingCall, _Waiting] = {}
+        self._returned: dict[PendingCall, _Waiting] = {}
+        # The greenlet that makes a connection, while there is one to be made, and why it couldn't last time.
+        self._connecting: Greenlet[..., None] | None = None
+        self._failure: Exception | None = None
+        interval = options.retry_interval
+        self._backoff = None if interval is None else Backoff(interval, options.max_retry_interval)
+        self._not_before = 0.0  # When the next attempt may be made.
+        self._is_unproven = False  # What the connection was good for hasn't been looked at yet.
+        self._is_given_up = Event()  # Nobody waits for it any more.
+        self._is_abandoned = False
+
+    # Calling.
+
+    def call(self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool) -> Any:
+        """The result of a call, once it is there; see :meth:`gmprpc.Client.call`."""
+        begun = perf_counter()
+        connection = self.connection
+        if connection is not None and not self._queue and connection.has_room(self._max_pending):
+            try:
+                return connection.calls.call(method, params, timeout, tell)
+            except ConnectionClosed as exc:
+                if not self._may_go_again(connection, exc, is_idempotent):
+                    raise
+        if gevent.getcurrent() is self._hub:
+            raise RuntimeError(IN_HUB)
+        check_timeout("timeout", timeout)
+        call = PendingCall(method)
+        waiting = _Waiting(call, self._encoder.body(method, params), is_idempotent=is_idempotent)
+        self._enqueue(waiting, timeout, tell, begun)
+        return self._result_of(call, tell)
+
+    def call_async(
+        self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool
+    ) -> PendingCall:
+        """A call that goes on its way; see :meth:`gmprpc.Client.call_async`."""
+        call = PendingCall(method)
+        connection = self.connection
+        if connection is not None and not self._queue and connection.has_room(self._max_pending) and not is_idempotent:
+            try:
+                connection.calls.send(call, params, timeout, tell, self._take_back_unsent)
+                return call
+            except ConnectionClosed as exc:  # A hook of the packer has waited.
+                if not self._may_go_again(connection, exc, is_idempotent):
+                    raise
+        check_timeout("timeout", timeout)
+        waiting = _Waiting(call, self._encoder.body(method, params), is_idempotent=is_idempotent)
+        self._enqueue(waiting, timeout, tell)
+        if len(self._queue) > self._max_pending and call in self._queue and gevent.getcurrent() is not self._hub:
+            waiting.gone = Event()
+            try:
+                waiting.gone.wait()
+            except BaseException:
+                call.cancel(tell)
+                raise
+        return call
+
+    def notify(self, method: str, params: Sequence[Any], timeout: float | None) -> None:
+        """Send a notification; see :meth:`gmprpc.Client.notify`."""
+        connection = self.connection
+        if connection is not None and not self._queue and connection.has_room(self._max_pending):
+            with suppress(ConnectionClosed):
+                connection.notify(method, *params)
+                return
+        self._wait_in_queue(method, self._encoder.notification(method, params), timeout)
+
+    def connect(self) -> None:
+        """Wait until there is a connection, as long as making one may take; raises ConnectFailed."""
+        if not self.is_connected:
+            self._wait_in_queue("connect", None, None)
+
+    def _wait_in_queue(self, method: str, notification: bytes | None, timeout: float | None) -> None:
+        check_timeout("timeout", timeout)
+        call = PendingCall(method)
+        self._enqueue(_Waiting(call, notification, is_notification=True), timeout, False)
+        if gevent.getcurrent() is not self._hub:  # Where nobody may wait; it leaves all the same.
+            self._result_of(call, False)
+
+    def _result_of(self, call: PendingCall, tell: bool) -> Any:
+        try:
+            return call.get()
+        except BaseException:
+            call.cancel(tell)  # Unless it is over, and that was its end.
+            raise
+
+    # Waiting to be sent.
+
+    def _enqueue(self, waiting: _Waiting, timeout: float | None, tell: bool, begun: float | None = None) -> None:
+        if self._owner.is_closed or self._is_abandoned:
+            raise ConnectionClosed("the client is closed")
+        if gevent.getcurrent() is self._connecting:
+            raise RuntimeError("a hook can't call: there is no connection yet")
+        if timeout is not None:
+            left = timeout if begun is None else max(0.0, timeout - (perf_counter() - begun))
+            waiting.call.limit(self._hub.loop, timeout, tell, left)
+        self._queue[waiting.call] = waiting
+        self._await(waiting)
+
+    def _await(self, waiting: _Waiting) -> None:
+        """See to it that ``waiting``, which stands in one of the queues, gets its turn."""
+        waiting.call._forget = partial(self._forget, waiting.call)
+        connection = self.connection
+        if connection is not None and connection.is_open:
+            connection.calls.on_room = self._pump
+            connection.settle_soon()
+        else:
+            self._limit_wait(waiting)
+            self._want_connection()
+
+    def _forget(self, call: PendingCall, _tell: bool) -> bool:
+        """A call is given up that has not been sent."""
+        self._take_out(call)
+        call._obstacle = self._failure
+        if not self._queue and not self._returned:
+            self._is_given_up.set()
+        return False
+
+    def _take_out(self, call: PendingCall) -> _Waiting | None:
+        waiting = self._returned.pop(call, None) or self._queue.pop(call, None)
+        if waiting is not None:
+            waiting.leave()
+        return waiting
+
+    def _pump(self) -> None:
+        """Send what waits, as far as there is room; in the hub, or in the greenlet that has made the connection."""
+        connection = self.connection
+        assert connection is not None
+        while (queue := self._returned or self._queue) and connection.has_room(self._max_pending):
+            waiting = queue[next(iter(queue))]
+            self._take_out(waiting.call)
+            self._send(connection, waiting)
+        if not queue:
+            connection.calls.on_room = None
+        elif not connection.is_open:
+            connection.calls.on_room = None
+            for waiting in [*self._returned.values(), *self._queue.values()]:
+                self._limit_wait(waiting)
+            self._want_connection()
+
+    def _send(self, connection: Connection, waiting: _Waiting) -> None:
+        call, body = waiting.call, waiting.body
+        if not waiting.is_notification:
+            assert body is not None
+            take_back = self._take_back_unsent
+            if waiting.is_idempotent:
+                take_back = partial(self._take_back, connection, waiting)
+            connection.calls.send_packed(call, body, take_back)
+        else:
+            if body is not None:
+                connection.post(body)
+            call._forget = None
+            call.set(None)
+
+    def _may_go_again(self, connection: Connection, closed: ConnectionClosed, is_idempotent: bool) -> bool:
+        """Whether a call that ended with ``closed`` on ``connection`` may go another way."""
+        if self._owner.is_closed or self._is_abandoned or connection.is_given_up:
+            return False
+        if closed.sent and is_idempotent:
+            self._counters.resent_requests += 1
+        return is_idempotent or not closed.sent
+
+    def _take_back(
+        self, connection: Connection, waiting: _Waiting | None, call: PendingCall, closed: ConnectionClosed
+    ) -> bool:
+        """Queue a call again whose connection has ended; False if that can't be; in the hub."""
+        if not self._may_go_again(connection, closed, waiting is not None):
+            return False
+        if waiting is None:
+            assert closed._body is not None
+            waiting = _Waiting(call, closed._body)
+        self._returned[call] = waiting
+        self._await(waiting)
+        return True
+
+    # Connecting.
+
+    def _want_connection(self) -> None:
+        if self._connecting is None:
+            self._failure = None
+            if self._is_unproven:
+                self._judge()
+            self._is_given_up.clear()
+            # In a greenlet of its own: the caller who came first may lose patience, the others still wait.
+            self._connecting = gevent.spawn(self._connect)
+
+    def _judge(self) -> None:
+        """Learn from how the last connection went."""
+        last = self.connection
+        assert last is not None
+        self._is_unproven = False
+        if self._backoff is None:
+            return
+        if last.has_heard or last.is_given_up:
+            self._backoff.reset()
+        else:  # A server that accepts and hangs up is as good as none.
+            self._not_before = perf_counter() + self._backoff.next()
+
+    def _connect(self) -> None:
+        me = self._connecting
+        while self._queue or self._returned:
+            if (delay := self._not_before - perf_counter()) > 0:
+                self._is_given_up.wait(delay)
+                self._is_given_up.clear()
+                continue
+            try:
+                stream = self._owner.open_stream()
+            except BaseException as exc:
+                if self._connecting is not me:
+                    return  # Closed meanwhile: nobody waits any more.
+                self._fail(exc)
+            else:
+                if self._connecting is not me:
+                    stream.close()
+                else:
+                    self._begin(stream)
+                return
+        self._connecting = None
+
+    def _fail(self, exc: BaseException) -> None:
+        """There is no connection, because of ``exc``: try again, or give up."""
+        may_try_again = self._backoff is not None and self._owner.is_worth_another_try(exc)
+        if not isinstance(exc, Exception):  # A hook's, or the greenlet was killed.
+            exc = ConnectFailed(f"can't connect: {text_of(exc)}")
+        self._failure = exc
+        if may_try_again:
+            self._not_before = perf_counter() + self._backoff.next()  # type: ignore[union-attr]
+        else:
+            self._fail_queue(exc)
+        gevent.spawn(self._owner.report, exc)  # It may block, or call.
+
+    def _begin(self, stream: Stream) -> None:
+        """Use the connection that has been made."""
+        connection = Connection(
+            stream, self._methods, self._options.connection, counters=self._counters, peer=self._owner.peer
+        )
+        self.connection = connection
+        self._take_back_unsent = partial(self._take_back, connection, None)
+        self._is_unproven = True
+        self._connecting = self._failure = None
+        life = gevent.spawn(self._live, connection)
+        self._lives[life] = connection
+        life.rawlink(self._lives.pop)
+        connection.calls.on_room = self._pump
+        for waiting in [*self._returned.values(), *self._queue.values()]:
+            waiting.lift()
+            if waiting.body is None:  # It waits for nothing else.
+                self._take_out(waiting.call)
+                self._send(connection, waiting)
+        self._pump()
+
+    def _live(self, connection: Connection) -> None:
+        heartbeat = None
+        if self._options.ping_interval is not None:
+            heartbeat = Heartbeat(connection, self._options.ping_interval)
+        try:
+            error = connection.run()
+        finally:
+            if heartbeat is not None:
+                heartbeat.stop()
+        if error is not None:
+            self._owner.report(error)
+
+    def _limit_wait(self, waiting: _Waiting) -> None:
+        """Let what has no time-out of its own wait for a connection only as long as making one may take."""
+        limit = self._options.connect_timeout
+        if not waiting.call.is_limited and limit is not None and waiting.timer is None:
+            waiting.timer = self._hub.loop.timer(limit)
+            waiting.timer.start(self._expire, waiting.call, limit, update=True)
+
+    def _expire(self, call: PendingCall, limit: float) -> None:
+        call.forget(False)
+        reason = "" if self._failure is None else f"; {self._failure}"
+        failed = ConnectFailed(f"no connection within {limit:g} s (connect_timeout){reason}")
+        failed.__cause__ = self._failure
+        call.set_exception(failed)
+
+    # The end.
+
+    def close(self) -> None:
+        """Close: what waits ends with ConnectionClosed. Waits for the farewell of the connections."""
+        closed = ConnectionClosed("the client was closed")
+        self._stop_connecting()
+        self._fail_queue(closed)
+        for connection in self._lives.values():
+            connection.close()
+        current: Any = gevent.getcurrent()
+        gevent.joinall([life for life in self._lives if life is not current])
+
+    def close_from_elsewhere(self) -> None:
+        """The same, called in another thread; doesn't wait."""
+        if (loop := self._hub.loop) is not None:  # It goes when its thread ends.
+            loop.run_callback_threadsafe(gevent.spawn, self.close)
+
+    def leave(self) -> None:
+        """The thread ends, and with it the connection."""
+        for connection in list(self._lives.values()):
+            connection.leave()
+
+    def abandon(self) -> None:
+        """Leave everything to the process that this one was just forked off from."""
+        self._is_abandoned = True
+        self._stop_connecting()
+        self._fail_queue(ConnectionClosed("this call is that of the process which this one was forked off from"))
+
+    def _stop_connecting(self) -> None:
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.kill(block=False)
+
+    def _fail_queue(self, exc: Exception) -> None:
+        for call in [*self._returned, *self._queue]:
+            self._take_out(call)
+            call._forget = None
+            call.set_exception(exc)
+
+    # What there is.
+
+    @property
+    def is_connected(self) -> bool:
+        """True while there is a connection on which calls can be sent."""
+        return self.connection is not None and self.connection.is_open
+
+    @property
+    def pending(self) -> int:
+        """How many calls wait for their answers, or to be sent."""
+        connection = self.connection
+        waiting = len(self._queue) + len(self._returned)
+        return waiting + (connection.pending if connection is not None else 0)
+
+
+class _Waiting:
+    """Something that waits to be sent: a request, a notification, or nothing but that there is a connection."""
+
+    __slots__ = ("body", "call", "gone", "is_idempotent", "is_notification", "timer")
+
+    def __init__(
+        self, call: PendingCall, body: bytes | None, *, is_idempotent: bool = False, is_notification: bool = False
+    ) -> None:
+        #: Who waits for it, in one way or another.
+        self.call = call
+        #: Of a request, what follows the msgid; of a notification, all of it.
+        self.body = body
+        self.is_idempotent = is_idempotent
+        self.is_notification = is_notification
+        #: Limits its time while there is no connection, where nothing else does.
+        self.timer: Any = None
+        #: Set when it is no longer in a queue, where somebody waits for that.
+        self.gone: Event | None = None
+
+    def lift(self) -> None:
+        """There is a connection: its time isn't limited any more."""
+        if self.timer is not None:
+            self.timer.close()
+            self.timer = None
+
+    def leave(self) -> None:
+        """It is no longer in a queue."""
+        self.lift()
+        if self.gone is not None:
+            self.gone.set()
