@@ -11,6 +11,7 @@ import gevent
 from gevent import GreenletExit
 
 from .connection import Connection
+from .dialing import connect
 from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed
 from .link import Link
 from .log import log
@@ -33,7 +34,7 @@ from .perhub import PerHub
 from .reply import PendingCall
 from .service import Service
 from .streams import PlainStream, Stream, TLSStream
-from .transport import UNIX_HOST, UNIX_PREFIX, connect, format_address, parse_address
+from .transport import UNIX_HOST, UNIX_PREFIX, format_address, parse_address
 
 logger = logging.getLogger("gmprpc.client")
 

@@ -1,4 +1,4 @@
-"""Addresses, and the sockets that they name: listening, connecting, who is at the other end; OSErrors become ours here.
+"""Addresses, and the sockets that listen at them; who is at the other end of one that is connected.
 
 What is read from these sockets and written to them is :mod:`.streams`'s business.
 """
@@ -11,7 +11,6 @@ import shutil
 import socket as stdlib_socket
 import stat
 import struct
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 from gevent import socket
 from gevent.baseserver import parse_address as parse_listener  # type: ignore[attr-defined]  # The stubs forgot it.
 
-from .exceptions import ConnectFailed
 from .streams import RawSocket
 
 #: What `gmprpc.Client` and `gmprpc.Server` take to say where: ``("host", port)``, ``"host:port"``, ``"unix:/path"``.
@@ -72,48 +70,6 @@ def format_address(address: Any) -> str:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
     return str(address)
-
-
-def connect(address: Any, before_connect: Callable[[socket.socket], Any] | None = None) -> socket.socket:
-    """A socket connected to ``address``; of a name with several addresses the first that answers.
-
-    ``before_connect(socket)`` is called with each socket before it connects. Blocks this greenlet, with no deadline of
-    its own.
-
-    Raises:
-        ConnectFailed: nobody answers there; ``__cause__`` is the system's error.
-        ValueError: ``address`` names no place.
-    """
-    place = parse_address(address)
-    candidates: list[Any]
-    try:
-        if isinstance(place, str):
-            candidates = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", place.removeprefix(UNIX_PREFIX))]
-        else:
-            candidates = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
-    except OSError as exc:
-        raise ConnectFailed(f"can't resolve {format_address(place)}: {exc.strerror or exc}") from exc
-    failure: OSError | None = None
-    for family, kind, protocol, _, target in candidates:
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as exc:
-            failure = exc
-            continue
-        try:
-            if before_connect is not None:
-                before_connect(sock)
-            sock.connect(target)
-        except OSError as exc:
-            failure = exc
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    reason = "no address" if failure is None else failure.strerror or str(failure)
-    raise ConnectFailed(f"can't connect to {format_address(place)}: {reason}") from failure
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import socket as stdlib_socket
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import gevent
 import msgpack
+import pytest
 from gevent import socket
 
 
@@ -85,6 +87,18 @@ def listening(address: Any, family: int = socket.AF_INET) -> Any:
     sock.bind(address)
     sock.listen()
     return sock
+
+
+def has_ipv6() -> bool:
+    """Whether this machine can talk to itself by IPv6."""
+    try:
+        with stdlib_socket.create_server(("::1", 0), family=stdlib_socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
 def is_closed(fd: int) -> bool:

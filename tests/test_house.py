@@ -27,6 +27,7 @@ FLOORS: dict[str, int] = {
     "calls": 3,
     "acceptor": 3,
     "heartbeat": 3,
+    "dialing": 3,
     "protocol": 2,
     "methods": 2,
     "transport": 2,

@@ -12,13 +12,12 @@ from typing import Any
 import gevent
 import pytest
 from gevent import socket
-from gevent.event import Event
 
 from gmprpc import transport
+from gmprpc.dialing import connect
 from gmprpc.exceptions import ConnectFailed
 from gmprpc.transport import (
     UnixPeer,
-    connect,
     file_identity,
     format_address,
     open_listener,
@@ -27,7 +26,7 @@ from gmprpc.transport import (
     remove_stale,
 )
 
-from .helpers import is_closed, listening
+from .helpers import is_closed, listening, needs_ipv6
 
 # Addresses.
 
@@ -100,7 +99,7 @@ def test_an_address_is_shown_as_it_is_typed(address: Any, text: str) -> None:
         assert format_address(parse_address(text)).endswith(text)
 
 
-# Connecting.
+# Listening.
 
 
 @pytest.fixture
@@ -108,174 +107,6 @@ def listener() -> Iterator[Any]:
     """A TCP socket that listens."""
     with listening(("127.0.0.1", 0)) as sock:
         yield sock
-
-
-@pytest.fixture
-def closed_port() -> int:
-    """A port of 127.0.0.1 on which nobody listens."""
-    with listening(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def has_ipv6() -> bool:
-    """Whether this machine can talk to itself by IPv6."""
-    try:
-        with stdlib_socket.create_server(("::1", 0), family=stdlib_socket.AF_INET6):
-            return True
-    except OSError:
-        return False
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
-
-
-@pytest.mark.parametrize(
-    "form", [tuple, list, lambda address: f"{address[0]}:{address[1]}"], ids=["tuple", "list", "str"]
-)
-def test_connecting_reaches_who_listens(listener: Any, form: Callable[[Any], Any]) -> None:
-    with connect(form(listener.getsockname())) as sock:
-        accepted, _ = listener.accept()
-        with accepted:
-            sock.sendall(b"hello")
-            assert accepted.recv(5) == b"hello"
-
-
-@needs_ipv6
-def test_connecting_speaks_ipv6() -> None:
-    with (
-        listening(("::1", 0), socket.AF_INET6) as listener,
-        connect(listener.getsockname()) as first,
-        connect(format_address(listener.getsockname())) as second,
-    ):
-        assert first.family == second.family == socket.AF_INET6
-
-
-def test_connecting_to_a_unix_socket(tmp_path: Path) -> None:
-    with listening(f"{tmp_path}/s", socket.AF_UNIX), connect(f"unix:{tmp_path}/s") as sock:
-        assert sock.family == socket.AF_UNIX
-
-
-def test_nobody_there_is_connect_failed_with_the_systems_error(closed_port: int, tmp_path: Path) -> None:
-    for address, cause, text in (
-        (("127.0.0.1", closed_port), ConnectionRefusedError, f"can't connect to 127.0.0.1:{closed_port}: "),
-        (f"unix:{tmp_path}/nothing", FileNotFoundError, f"can't connect to unix:{tmp_path}/nothing: "),
-        (f"unix:{tmp_path}/{'x' * 200}", OSError, "can't connect to unix:"),
-    ):
-        with pytest.raises(ConnectFailed) as caught:
-            connect(address)
-        assert isinstance(caught.value.__cause__, cause)
-        assert str(caught.value).startswith(text)
-        assert caught.value.sent is False
-    with pytest.raises(ConnectFailed, match=r"can't connect to 127.0.0.1:\d+: Connection refused$"):
-        connect(("127.0.0.1", closed_port))
-
-
-def resolving_to(monkeypatch: pytest.MonkeyPatch, *addresses: Any) -> list[Any]:
-    """Let every name have these addresses; what is asked for is told."""
-    asked: list[Any] = []
-
-    def getaddrinfo(*args: Any, **options: Any) -> Any:
-        asked.append((*args, options))
-        return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for family, address in addresses]
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    return asked
-
-
-def test_a_name_that_can_not_be_resolved_is_connect_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def getaddrinfo(*args: Any, **options: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(ConnectFailed, match=r"^can't resolve nowhere.test:4423: Name or service not known$") as caught:
-        connect("nowhere.test:4423")
-    assert isinstance(caught.value.__cause__, socket.gaierror)
-
-
-def test_of_several_addresses_the_first_that_answers_is_taken(
-    monkeypatch: pytest.MonkeyPatch, listener: Any, closed_port: int
-) -> None:
-    unsupported = 12345  # As an address of IPv6 where the kernel has none.
-    asked = resolving_to(
-        monkeypatch,
-        (unsupported, ("nowhere", 1)),
-        (socket.AF_INET, ("127.0.0.1", closed_port)),
-        (socket.AF_INET, listener.getsockname()),
-        (socket.AF_INET, ("127.0.0.1", closed_port)),
-    )
-    with connect("several.test:4423") as sock:
-        assert sock.getpeername() == listener.getsockname()
-    assert asked == [("several.test", 4423, {"type": socket.SOCK_STREAM})]
-
-
-def test_of_several_addresses_none_that_answers_is_one_error(monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
-    resolving_to(monkeypatch, *[(socket.AF_INET, ("127.0.0.1", closed_port))] * 2)
-    with pytest.raises(ConnectFailed, match=r"^can't connect to several.test:4423: Connection refused$"):
-        connect("several.test:4423")
-
-
-def test_a_family_that_the_system_does_not_know_is_connect_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolving_to(monkeypatch, (12345, ("nowhere", 1)))
-    with pytest.raises(ConnectFailed, match=r"^can't connect to odd.test:4423: Address family not supported") as caught:
-        connect("odd.test:4423")
-    assert isinstance(caught.value.__cause__, OSError)
-
-
-def test_a_name_without_addresses_is_connect_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolving_to(monkeypatch)
-    with pytest.raises(ConnectFailed, match=r"^can't connect to none.test:4423: no address$") as caught:
-        connect("none.test:4423")
-    assert caught.value.__cause__ is None
-
-
-def test_each_socket_is_shown_before_it_connects(
-    monkeypatch: pytest.MonkeyPatch, listener: Any, closed_port: int
-) -> None:
-    resolving_to(monkeypatch, (socket.AF_INET, ("127.0.0.1", closed_port)), (socket.AF_INET, listener.getsockname()))
-    seen: list[Any] = []
-
-    def before_connect(sock: Any) -> None:
-        with pytest.raises(OSError):
-            sock.getpeername()
-        sock.bind(("127.0.0.1", 0))
-        seen.append(sock)
-
-    with connect("several.test:4423", before_connect) as sock:
-        assert len(seen) == 2
-        assert seen[1] is sock
-        assert seen[0].fileno() == -1
-
-
-@pytest.mark.parametrize("exc", [ValueError("no"), gevent.Timeout()], ids=repr)
-def test_what_before_connect_raises_closes_the_socket_and_goes_through(listener: Any, exc: BaseException) -> None:
-    seen: list[Any] = []
-
-    def before_connect(sock: Any) -> None:
-        seen.append(sock)
-        raise exc
-
-    with pytest.raises(type(exc)):
-        connect(listener.getsockname(), before_connect)
-    assert [sock.fileno() for sock in seen] == [-1]
-
-
-def test_connecting_may_be_ended_from_outside(listener: Any) -> None:
-    seen: list[Any] = []
-    started, never = Event(), Event()
-
-    def before_connect(sock: Any) -> None:
-        seen.append(sock)
-        started.set()
-        never.wait()
-
-    connecting = gevent.spawn(connect, listener.getsockname(), before_connect)
-    started.wait()
-    connecting.kill()
-    assert [sock.fileno() for sock in seen] == [-1]
-
-
-# Listening.
 
 
 def answers(listener: Any, address: Any) -> bool:
