@@ -304,8 +304,10 @@ class Client:
         """What its connections call the server."""
         return self.address
 
-    def open_stream(self) -> Stream:
+    def open_stream(self, opened: Callable[[Callable[[], Any]], Any]) -> Stream:
         """A new stream to the server; blocks this greenlet.
+
+        Whatever is open by then ``opened`` is told how to let go of, in a process that is forked off meanwhile.
 
         Raises:
             ConnectFailed: there is none to be had, or not within ``connect_timeout``.
@@ -317,6 +319,7 @@ class Client:
             with gevent.Timeout(self.connect_timeout, late):
                 before = self._before_connect
                 sock = connect(self.address, None if before is None else lambda sock: before(self, sock))
+                opened(sock.close)
                 try:
                     if self._after_connect is not None:
                         self._after_connect(self, sock)
@@ -325,6 +328,7 @@ class Client:
                     sock.close()  # Unless the stream has taken it over.
                 if self._ssl_context is None:
                     return stream
+                opened(stream.abandon)
                 tls = TLSStream(stream, self._ssl_context, server_side=False, server_hostname=self._server_hostname)
                 tls.handshake()
                 return tls
@@ -355,7 +359,7 @@ class Client:
 
 def _of_client(late: CallTimeout) -> CallTimeout:
     """The same, where the time-out was the client's."""
-    return CallTimeout(late.method, late.timeout, which="client", sent=late.sent)
+    return CallTimeout(late.method, late.timeout, which="client", sent=late.sent, cause=late.__cause__)
 
 
 class Proxy:

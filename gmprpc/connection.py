@@ -21,7 +21,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, Final
@@ -48,7 +47,7 @@ from .protocol import (
 )
 from .reply import PendingCall, Reply, get_thread_ident
 from .requests import RequestGreenlet, Requests
-from .streams import Stream
+from .streams import Stream, forget_buffer_of
 from .sweeper import Sweeper
 from .transport import format_address
 
@@ -148,6 +147,11 @@ class _Stage:
         if (stage := cls._of_hub.get(hub)) is None:
             stage = cls._of_hub[hub] = cls()
         return stage
+
+    @classmethod
+    def forget_hub(cls, hub: Any) -> None:
+        """The thread of ``hub`` ends."""
+        cls._of_hub.pop(hub, None)
 
     def wait_for_turn(self, connection: Connection) -> None:
         """Let ``connection`` read when all of this round are known."""
@@ -404,10 +408,18 @@ class Connection:
             self._lose(reason)
 
     def leave(self) -> None:
-        """Close at once, stream included: the thread in which this is called, its own, ends."""
-        self._stream.close()
-        with suppress(ValueError):  # The loop may be gone already.
+        """Close at once: the thread in which this is called, its own, ends, and its loop perhaps has."""
+        if self._hub.loop is None:
+            self._stream.close()
+        else:
             self.abort()
+
+    @staticmethod
+    def forget_hub(hub: Any) -> None:
+        """Let go of what the connections of ``hub`` shared; they are all gone."""
+        Sweeper.forget_hub(hub)
+        _Stage.forget_hub(hub)
+        forget_buffer_of(hub)
 
     def abandon(self) -> None:
         """Leave the stream to the process that this one was forked off from; here the connection is closed.
@@ -915,7 +927,8 @@ class Connection:
             self._requests.cancel_replies()
         self._decoder.abandon()
         self._release()
-        Sweeper.of(self._hub).forget(self)
+        if self._is_awake:
+            Sweeper.of(self._hub).forget(self)
         if self._stage.last_reader is self:
             self._stage.last_reader = None
 

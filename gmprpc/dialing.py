@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,11 +14,14 @@ from time import perf_counter
 from typing import Any
 
 import gevent
-from gevent import socket
+from gevent import monkey, socket
 from gevent.select import poll
 
 from .exceptions import ConnectFailed
 from .transport import UNIX_PREFIX, format_address, parse_address
+
+_getaddrinfo: Callable[..., list[Any]] = monkey.get_original("socket", "getaddrinfo")
+_was_forked_off = False
 
 BeforeConnect = Callable[[socket.socket], Any]
 
@@ -52,7 +56,7 @@ def connect(address: Any, before_connect: BeforeConnect | None = None) -> socket
         sock, failure = _connect_to_file(place.removeprefix(UNIX_PREFIX), before_connect)
     else:
         try:
-            candidates = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
+            candidates = _resolve(*place)
         except OSError as exc:
             raise ConnectFailed(f"can't resolve {format_address(place)}: {exc.strerror or exc}") from exc
         sock, failure = _connect_to_first(_interleaved(candidates), before_connect)
@@ -60,6 +64,21 @@ def connect(address: Any, before_connect: BeforeConnect | None = None) -> socket
         reason = "no address" if failure is None else failure.strerror or str(failure)
         raise ConnectFailed(f"can't connect to {format_address(place)}: {reason}") from failure
     return sock
+
+
+def _resolve(host: str, port: int) -> list[Any]:
+    """The addresses of ``host``, as ``getaddrinfo`` gives them."""
+    global _was_forked_off
+    try:
+        # What is an address already needs no thread that looks it up.
+        return _getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass
+    if _was_forked_off:
+        # The threads of gevent's resolver are made anew by a watcher of the loop, which has to run first.
+        gevent.sleep(0.001)
+        _was_forked_off = False
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 def _interleaved(candidates: Iterable[Any]) -> deque[Any]:
@@ -133,6 +152,10 @@ def _more_telling(known: OSError | None, new: OSError) -> OSError:
     return known if known is not None and new.errno in _NO_WAY and known.errno not in _NO_WAY else new
 
 
+# Every attempt that is under way in this process.
+_attempts: weakref.WeakSet[_Attempt] = weakref.WeakSet()
+
+
 class _Attempt:
     """A socket on its way to one address."""
 
@@ -140,6 +163,7 @@ class _Attempt:
         family, kind, protocol, _, self._target = candidate
         self._is_unix = family == socket.AF_UNIX
         self._socket: Any = socket.socket(family, kind, protocol)
+        _attempts.add(self)
         try:
             if before_connect is not None:
                 before_connect(self._socket)
@@ -178,3 +202,14 @@ class _Attempt:
         """Close the socket, unless it was taken."""
         if self._socket is not None:
             self._socket.close()
+
+
+def _abandon_all() -> None:
+    """Leave every attempt to the process that this one was just forked off from."""
+    global _was_forked_off
+    _was_forked_off = True
+    for attempt in list(_attempts):
+        attempt.close()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

@@ -85,9 +85,19 @@ class CallTimeout(RPCError, TimeoutError):
     ``__cause__`` is the last :exc:`ConnectFailed`, where there was no connection to send the request on.
     """
 
-    def __init__(self, method: str, timeout: float, *, which: str = "call", sent: bool = True) -> None:
+    def __init__(
+        self,
+        method: str,
+        timeout: float,
+        *,
+        which: str = "call",
+        sent: bool = True,
+        cause: BaseException | None = None,
+    ) -> None:
         what = f"no answer to {method!r}" if sent else f"{method!r} could not be sent"
-        super().__init__(f"{what} within {timeout:g} s (the {which}'s timeout)")
+        why = "" if cause is None else f": {cause}"
+        super().__init__(f"{what} within {timeout:g} s (the {which}'s timeout){why}")
+        self.__cause__ = cause
         #: The method that was called.
         self.method = method
         #: Seconds that the caller was ready to wait.

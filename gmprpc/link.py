@@ -6,7 +6,7 @@ It knows neither where the server is nor how to connect: it is given somebody wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
@@ -40,10 +40,10 @@ class Owner(Protocol):
     def is_closed(self) -> bool:
         """True while nothing is to be connected or sent."""
 
-    def open_stream(self) -> Stream:
-        """A stream to the server; blocks the greenlet. What it raises says why there is none, and whether to try again.
+    def open_stream(self, opened: Callable[[Callable[[], Any]], Any]) -> Stream:
+        """A stream to the server; blocks the greenlet. Killed, it leaves nothing open.
 
-        Killed, it leaves nothing open.
+        Whatever is open by then ``opened`` is told how to let go of, in a process that is forked off meanwhile.
         """
 
     def is_worth_another_try(self, failure: BaseException) -> bool:
@@ -77,6 +77,7 @@ class Link:
         # The greenlet that makes a connection, while there is one to be made, and why it couldn't last time.
         self._connecting: Greenlet[..., None] | None = None
         self._failure: Exception | None = None
+        self._opened: list[Callable[[], Any]] = []  # How to let go of what it has opened.
         interval = options.retry_interval
         self._backoff = None if interval is None else Backoff(interval, options.max_retry_interval)
         self._not_before = 0.0  # When the next attempt may be made.
@@ -250,7 +251,6 @@ class Link:
 
     def _want_connection(self) -> None:
         if self._connecting is None:
-            self._failure = None
             if self._is_unproven:
                 self._judge()
             self._is_given_up.clear()
@@ -277,7 +277,8 @@ class Link:
                 self._is_given_up.clear()
                 continue
             try:
-                stream = self._owner.open_stream()
+                self._opened.clear()
+                stream = self._owner.open_stream(self._opened.append)
             except BaseException as exc:
                 if self._connecting is not me:
                     return  # Closed meanwhile: nobody waits any more.
@@ -311,6 +312,7 @@ class Link:
         self._take_back_unsent = partial(self._take_back, connection, None)
         self._is_unproven = True
         self._connecting = self._failure = None
+        self._opened.clear()
         life = gevent.spawn(self._live, connection)
         self._lives[life] = connection
         life.rawlink(self._lives.pop)
@@ -367,13 +369,18 @@ class Link:
 
     def leave(self) -> None:
         """The thread ends, and with it the connection."""
-        for connection in list(self._lives.values()):
+        for connection in self._lives.values():
             connection.leave()
+        if self._hub.loop is not None:
+            gevent.joinall(list(self._lives))
+        Connection.forget_hub(self._hub)
 
     def abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from."""
         self._is_abandoned = True
         self._stop_connecting()
+        for let_go in self._opened:
+            let_go()
         self._fail_queue(ConnectionClosed("this call is that of the process which this one was forked off from"))
 
     def _stop_connecting(self) -> None:

@@ -96,6 +96,8 @@ class LinkOptions:
         check_timeout("connect_timeout", self.connect_timeout)
         check_timeout("retry_interval", self.retry_interval)
         check_timeout("max_retry_interval", self.max_retry_interval)
+        if self.max_retry_interval is None:
+            raise ValueError("max_retry_interval has to be a number of seconds; retry_interval=None never tries again")
         check_limit("max_pending", self.max_pending)
         if self.ping_interval is not None:
             check_timeout("ping_interval", self.ping_interval)

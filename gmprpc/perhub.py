@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from gevent import get_hub, monkey
+from gevent.hub import set_hub  # type: ignore[attr-defined]  # The stubs forgot it.
 
 from .reply import get_thread_ident
 
@@ -25,10 +26,9 @@ class Resident(Protocol):
     """What there may be one of for each hub."""
 
     def leave(self) -> None:
-        """The thread ends, or its hub was destroyed: the loop won't run again. Called in that thread.
+        """The thread ends, or its hub was destroyed (then its ``loop`` is None). Called in that thread.
 
-        Must not wait, nor ask for the thread's hub: that would make a new one, in a thread without a future. Nor touch
-        watchers, since the loop may be gone (ValueError): descriptors can be closed as if there were none.
+        May wait for a moment, where there still is a loop.
         """
 
     def abandon(self) -> None:
@@ -113,7 +113,17 @@ class _NativeThread:
         # At exit, and in a child without the threads of its parent, the interpreter drops in one thread what belongs to
         # others. At exit everything ends anyway, and a child's part is `abandon`.
         if not is_finalizing() and get_thread_ident() == self._thread_ident and getpid() == self._pid:
-            _call_each([partial(user._forget_hubs, self._thread_ident) for user in self.users])
+            hubs = {hub for user in self.users for hub in user._of_hub if hub.thread_ident == self._thread_ident}
+            # gevent may have let go of the thread's hub before; and nobody else will destroy it, which closes two
+            # descriptors. (A thread has one; others were destroyed before, or the number is that of an earlier thread.)
+            live = [hub for hub in hubs if hub.loop is not None]
+            for hub in live:
+                set_hub(hub)
+            try:
+                _call_each([partial(user._forget_hubs, self._thread_ident) for user in self.users])
+            finally:
+                for hub in live:
+                    hub.destroy(destroy_loop=True)
 
 
 def _call_each(functions: Iterable[Callable[[], Any]]) -> None:

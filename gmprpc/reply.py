@@ -208,8 +208,8 @@ class PendingCall(_AsyncResult):
 
     def _expire(self, timeout: float, tell: bool) -> None:
         if not self.ready():
-            late = CallTimeout(self.method, timeout, which=self.which, sent=self.forget(tell))
-            late.__cause__ = self._obstacle
+            is_sent = self.forget(tell)
+            late = CallTimeout(self.method, timeout, which=self.which, sent=is_sent, cause=self._obstacle)
             self.set_exception(late)
 
 

@@ -378,6 +378,11 @@ def _buffer_of(hub: Any) -> memoryview:
     return buffer
 
 
+def forget_buffer_of(hub: Any) -> None:
+    """The thread of ``hub`` ends."""
+    _buffers.pop(hub, None)
+
+
 def send_all(stream: Stream, data: bytes | memoryview) -> None:
     """Send all of ``data``, waiting as long as it takes; blocks this greenlet."""
     view = memoryview(data)

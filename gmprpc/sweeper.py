@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from contextlib import suppress
 from typing import Any, ClassVar, Protocol
 
 
@@ -41,6 +42,14 @@ class Sweeper:
         if (sweeper := cls._of_hub.get(hub)) is None:
             sweeper = cls._of_hub[hub] = cls(hub.loop)
         return sweeper
+
+    @classmethod
+    def forget_hub(cls, hub: Any) -> None:
+        """The thread of ``hub`` ends."""
+        if (sweeper := cls._of_hub.pop(hub, None)) is not None:
+            sweeper._awake.clear()
+            with suppress(ValueError):  # The loop may be gone already.
+                sweeper._timer.close()
 
     def watch(self, busy: Restable) -> None:
         """Ask ``busy`` to rest, every now and then, until it does."""

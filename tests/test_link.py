@@ -1,0 +1,787 @@
+"""What a client survives: servers that are late, lost connections, full ones, threads and forks; and what is told."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from gevent import monkey, socket
+from gevent.event import AsyncResult
+
+import gmprpc
+from gmprpc.backoff import Backoff
+from gmprpc.link import Link
+
+from .helpers import Peer, collected, wait_until
+from .programs import Program
+
+start_new_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
+
+
+class Scripted:
+    """A server whose every byte the test decides on; it may go and come back at the same address."""
+
+    def __init__(self) -> None:
+        self._peers: list[Peer] = []
+        self.address: Any = ("127.0.0.1", 0)
+        self.come_back()
+        self.address = self._listener.getsockname()
+
+    def accept(self) -> Peer:
+        self._peers.append(Peer(self._listener.accept()[0]))
+        return self._peers[-1]
+
+    def hang_up_on_everybody(self) -> None:
+        while True:
+            self.accept().close()
+
+    def go(self) -> None:
+        self._listener.close()
+
+    def come_back(self) -> None:
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(self.address)
+        self._listener.listen()
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+        self._listener.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    scripted = Scripted()
+    yield scripted
+    scripted.close()
+
+
+@pytest.fixture
+def errors() -> list[Exception]:
+    return []
+
+
+@pytest.fixture
+def client(scripted: Scripted, errors: list[Exception]) -> Iterator[gmprpc.Client]:
+    """A client of ``scripted`` that loses no time between attempts."""
+    client = gmprpc.Client(
+        scripted.address,
+        retry_interval=0.001,
+        max_retry_interval=0.01,
+        on_error=lambda client, exc: errors.append(exc),
+    )
+    yield client
+    client.close()
+    assert client.statistics()["pending"] == 0
+
+
+def answer(peer: Peer) -> Any:
+    """Answer the next request with its first param, or its method; returns the request."""
+    request = peer.receive()
+    _, msgid, method, params = request
+    peer.send([1, msgid, None, params[0] if params else method])
+    return request
+
+
+def link_of(client: gmprpc.Client) -> Link:
+    return client._links.get()
+
+
+# A server that isn't there.
+
+
+def test_a_client_may_start_before_its_server(
+    scripted: Scripted, client: gmprpc.Client, errors: list[Exception]
+) -> None:
+    scripted.go()
+    calls: list[Any] = [gevent.spawn(client.call, "first", timeout=20), client.call_async("second")]
+    notified = gevent.spawn(client.notify, "third")
+    connected = gevent.spawn(client.connect)
+    wait_until(lambda: len(errors) > 3)
+    assert all(isinstance(exc.__cause__, ConnectionRefusedError) for exc in errors)
+    scripted.come_back()
+    peer = scripted.accept()
+    assert {answer(peer)[2], answer(peer)[2]} == {"first", "second"}
+    assert peer.receive() == [2, "third", []]
+    assert sorted(call.get() for call in calls) == ["first", "second"]
+    notified.get()
+    assert connected.get() is client
+
+
+def test_a_call_waits_for_a_connection_as_long_as_its_time_out_allows(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    scripted.go()
+    client.timeout = 0.04
+    for call, which, timeout in (
+        (lambda: client.call("m", timeout=0.03), "call", 0.03),
+        (lambda: client.call("m"), "client", 0.04),
+        (lambda: client.call_async("m", timeout=0.03).get(), "call", 0.03),
+        (lambda: client.call_async("m").get(), "client", 0.04),
+        (lambda: client.notify("m", timeout=0.03), "call", 0.03),
+        (lambda: client.notify("m"), "client", 0.04),
+    ):
+        with pytest.raises(gmprpc.CallTimeout) as caught:
+            call()
+        late = caught.value
+        assert (late.method, late.timeout, late.which, late.sent) == ("m", timeout, which, False)
+        assert isinstance(late.__cause__, gmprpc.ConnectFailed)
+        where = "{}:{}".format(*scripted.address)
+        assert str(late) == (
+            f"'m' could not be sent within {timeout} s (the {which}'s timeout): "
+            f"can't connect to {where}: Connection refused"
+        )
+    assert client.statistics()["pending"] == 0
+
+
+def test_without_a_time_out_of_its_own_it_waits_as_long_as_connecting_may_take(scripted: Scripted) -> None:
+    scripted.go()
+    client = gmprpc.Client(scripted.address, connect_timeout=0.05, retry_interval=0.001, max_retry_interval=0.01)
+    for call in (
+        lambda: client.call("m"),
+        lambda: client.call_async("m").get(),
+        lambda: client.notify("m"),
+        lambda: client.connect(),
+    ):
+        with pytest.raises(gmprpc.ConnectFailed, match=r"no connection within 0.05 s .*; .*refused") as caught:
+            call()
+        assert isinstance(caught.value.__cause__, gmprpc.ConnectFailed)
+        assert caught.value.sent is False
+    # But one that has a time-out goes on waiting.
+    patient = gevent.spawn(client.call, "m", timeout=20)
+    with pytest.raises(gmprpc.ConnectFailed):
+        client.call("m")
+    scripted.come_back()
+    answer(scripted.accept())
+    assert patient.get() == "m"
+    client.close()
+
+
+def test_nobody_tries_to_connect_when_nobody_waits_any_more(scripted: Scripted, client: gmprpc.Client) -> None:
+    scripted.go()
+    link = link_of(client)
+    calls = [client.call_async("m"), client.call_async("m", timeout=0.01)]
+    killed = gevent.spawn(client.call, "m")
+    wait_until(lambda: link._failure)
+    link._not_before += 1000
+    wait_until(lambda: len(link._queue) == 2)
+    killed.kill()
+    assert calls[0].cancel()
+    wait_until(lambda: link._connecting is None)
+    # The wait is still to be observed by who comes next.
+    call = client.call_async("m")
+    gevent.sleep(0.01)
+    assert link._connecting is not None
+    call.cancel()
+    wait_until(lambda: link._connecting is None)
+
+
+def test_a_client_that_doesnt_retry_fails_those_who_wait_at_once(scripted: Scripted) -> None:
+    scripted.go()
+    client = gmprpc.Client(scripted.address, retry_interval=None)
+    calls: list[Any] = [
+        gevent.spawn(client.call, "m", timeout=20),
+        client.call_async("m"),
+        gevent.spawn(client.connect),
+    ]
+    for call in calls:
+        with pytest.raises(gmprpc.ConnectFailed) as caught:
+            call.get()
+        assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+    scripted.come_back()
+    call = gevent.spawn(client.call, "m")
+    answer(scripted.accept())
+    assert call.get() == "m"
+    client.close()
+
+
+def test_what_will_not_be_otherwise_next_time_is_not_tried_again(tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "closed", 0o000)
+    if os.getuid() != 0:  # Root may go anywhere.
+        client = gmprpc.Client(f"unix:{tmp_path}/closed/socket")
+        with pytest.raises(gmprpc.ConnectFailed, match="Permission denied"):
+            client.call("m", timeout=20)
+    attempts: list[int] = []
+
+    def refuse(client: gmprpc.Client, sock: Any) -> None:
+        attempts.append(1)
+        raise ssl.SSLCertVerificationError("not trusted")
+
+    client = gmprpc.Client(("127.0.0.1", 1), before_connect=refuse)
+    with pytest.raises(gmprpc.ConnectFailed, match="not trusted"):
+        client.call("m", timeout=20)
+    assert attempts == [1]
+
+
+# A connection that is lost.
+
+
+def test_a_call_in_the_gap_of_a_restart_is_answered_by_the_new_server(
+    scripted: Scripted, client: gmprpc.Client, errors: list[Exception]
+) -> None:
+    call = gevent.spawn(client.call, "before")
+    peer = scripted.accept()
+    answer(peer)
+    assert call.get() == "before"
+    scripted.go()
+    peer.close()
+    wait_until(lambda: not client.is_connected)
+    call = gevent.spawn(client.call, "amid", timeout=20)
+    wait_until(lambda: errors)
+    scripted.come_back()
+    answer(scripted.accept())
+    assert call.get() == "amid"
+
+
+def ways(client: gmprpc.Client, *params: Any, **settings: Any) -> list[Any]:
+    """The same call in both ways."""
+    return [gevent.spawn(client.call, *params, **settings), client.call_async(*params, **settings)]
+
+
+@pytest.mark.parametrize("end", [Peer.close, Peer.reset, Peer.shutdown, lambda peer: peer.send_bytes(b"\xc1")])
+def test_a_request_that_had_left_is_sent_again_only_if_it_is_idempotent(
+    scripted: Scripted, client: gmprpc.Client, end: Callable[[Peer], Any]
+) -> None:
+    careful, careless = ways(client, "careful"), ways(client, "again", idempotent=True)
+    peer = scripted.accept()
+    assert Counter(peer.receive()[2] for _ in range(4)) == {"careful": 2, "again": 2}
+    end(peer)
+    peer.close()
+    for call in careful:
+        with pytest.raises(gmprpc.ConnectionClosed) as caught:
+            call.get()
+        assert caught.value.sent is True
+        assert type(caught.value) is gmprpc.ConnectionClosed
+    peer = scripted.accept()
+    assert [answer(peer)[2] for _ in range(2)] == ["again", "again"]
+    assert [call.get() for call in careless] == ["again", "again"]
+    assert client.statistics()["resent_requests"] == 2
+
+
+def test_an_idempotent_call_ends_with_its_time_out_however_often_it_is_sent(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    accepting = gevent.spawn(scripted.hang_up_on_everybody)
+    for call in ways(client, "again", idempotent=True, timeout=0.1):
+        with pytest.raises(gmprpc.CallTimeout):
+            call.get()
+    accepting.kill()
+    assert client.statistics()["connections"] > 2
+
+
+def test_a_server_that_hangs_up_at_once_is_not_asked_without_a_pause(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, retry_interval=0.05, max_retry_interval=0.05)
+    waits: list[int] = []
+    link_of(client)._backoff = Backoff(0.001, 0.001, lambda: waits.append(1) or 1.0)  # type: ignore[func-returns-value]
+    accepting = gevent.spawn(scripted.hang_up_on_everybody)
+    with pytest.raises(gmprpc.CallTimeout):
+        client.call("again", idempotent=True, timeout=0.1)
+    accepting.kill()
+    connections = client.statistics()["connections"]
+    assert connections > 2
+    assert len(waits) >= connections - 1
+    client.close()
+
+
+def test_calls_that_had_not_left_go_out_in_their_order_before_later_ones(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    client.connect()
+    peer = scripted.accept()
+    large = client.call_async("large", b"x" * 20_000_000)
+    first = [client.call_async("note", number) for number in range(5)]
+    given_up = client.call_async("given up")
+    late = client.call_async("late", timeout=0.01)
+    gevent.sleep(0)
+    given_up.cancel()
+    with pytest.raises(gmprpc.CallTimeout):
+        late.get()
+    peer.reset()
+    with pytest.raises(gmprpc.ConnectionClosed):
+        large.get()
+    then = [client.call_async("note", number) for number in range(5, 10)]
+    peer = scripted.accept()
+    assert [answer(peer)[3] for _ in range(10)] == [[number] for number in range(10)]
+    assert [call.get() for call in first + then] == list(range(10))
+
+
+def test_what_had_not_left_when_the_peer_said_its_last_word_never_does(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    # It may still read, and carry out what comes: only what is not sent to it may be sent to another.
+    client.connect()
+    peer = scripted.accept()
+    sent = [client.call_async("sent", b"x" * 10_000_000), client.call_async("first piece behind it")]
+    unsent = [client.call_async("unsent", number) for number in range(3)]
+    gevent.sleep(0)
+    client.connection.notify("news")
+    peer.shutdown()
+    for call in sent[:1]:
+        with pytest.raises(gmprpc.ConnectionClosed) as caught:
+            call.get()
+        assert caught.value.sent
+    second = scripted.accept()
+    methods = [answer(second)[2] for _ in range(4)]
+    assert [call.get() for call in unsent] == [0, 1, 2]
+    heard = [message[-2] for message in peer.receive_rest()]
+    assert sorted(methods + heard) == sorted(["sent", "first piece behind it", *["unsent"] * 3, "news"])
+
+
+# Time-outs and cancelling.
+
+
+def test_a_call_that_is_given_up_is_cancelled_at_the_server_where_that_is_asked_for(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    client.connect()
+    peer = scripted.accept()
+
+    def given_up(call: Callable[[], Any], is_told: bool) -> None:
+        with pytest.raises((gmprpc.CallTimeout, gmprpc.CallCancelled, gevent.Timeout)):
+            call()
+        client.notify("marker")
+        _, msgid, method, _ = peer.receive()
+        assert method == "m"
+        if is_told:
+            assert peer.receive() == [2, "$/cancel", [msgid]]
+        assert peer.receive() == [2, "marker", []]
+
+    def cancelled(tell: bool) -> Any:
+        call = client.call_async("m")
+        assert call.cancel(tell)
+        return call.get()
+
+    def struck(**settings: Any) -> None:
+        with gevent.Timeout(0.01):
+            client.call("m", **settings)
+
+    given_up(lambda: cancelled(True), True)
+    given_up(lambda: cancelled(False), False)
+    given_up(lambda: client.call("m", timeout=0.01), False)
+    given_up(lambda: client.call("m", timeout=0.01, cancel_on_timeout=True), True)
+    given_up(lambda: client.call_async("m", timeout=0.01).get(), False)
+    given_up(lambda: client.call_async("m", timeout=0.01, cancel_on_timeout=True).get(), True)
+    given_up(struck, False)
+    given_up(lambda: struck(cancel_on_timeout=True), True)
+    client.cancel_on_timeout = True
+    given_up(lambda: client.call("m", timeout=0.01), True)
+    given_up(lambda: client.call("m", timeout=0.01, cancel_on_timeout=False), False)
+    # What has not left needs no cancelling.
+    assert client.statistics()["pending"] == 0
+
+
+def test_cancelling_a_call_on_a_connection_that_has_gone_tells_nobody(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    client.connect()
+    peer = scripted.accept()
+    call = client.call_async("m")
+    peer.receive()
+    connection = client.connection
+    peer.close()
+    gevent.get_hub().loop.run_callback(call.cancel)
+    with pytest.raises((gmprpc.CallCancelled, gmprpc.ConnectionClosed)):
+        call.get()
+    wait_until(lambda: connection.is_closed)
+    assert not call.cancel()
+
+
+# Room.
+
+
+def test_no_more_than_max_pending_calls_are_under_way_and_the_others_wait_their_turn(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_pending=2).connect()
+    peer = scripted.accept()
+    calls: list[Any] = [client.call_async("m", number) for number in range(4)]
+    calls += [gevent.spawn(client.call, "m", number) for number in range(4, 6)]
+    requests = [peer.receive(), peer.receive()]
+    wait_until(lambda: client.statistics()["pending"] == 6)
+    assert client.connection.pending == 2
+    late = gevent.spawn(client.call, "m", timeout=0.01)
+    with pytest.raises(gmprpc.CallTimeout) as caught:
+        late.get()
+    assert caught.value.sent is False
+    killed = gevent.spawn(client.call, "m")
+    gevent.sleep(0)
+    killed.kill()
+    assert calls[2].cancel()
+    for number in (0, 1, 3, 4, 5):
+        request = requests.pop(0) if requests else peer.receive()
+        assert request[3] == [number]
+        peer.send([1, request[1], None, number])
+        assert calls[number].get() == number
+    assert client.statistics()["pending"] == 0
+    # All is as before: it goes straight through.
+    call = client.call_async("m", 7)
+    assert client.connection.pending == 1
+    answer(peer)
+    assert call.get() == 7
+    client.close()
+
+
+@pytest.mark.parametrize("way", ["cancelled", "timed out", "called on the connection itself"])
+def test_whoever_makes_room_lets_the_next_one_go(scripted: Scripted, way: str) -> None:
+    client = gmprpc.Client(scripted.address, max_pending=1).connect()
+    peer = scripted.accept()
+    if way == "timed out":
+        first = client.call_async("first", timeout=0.01)
+    elif way == "cancelled":
+        first = client.call_async("first")
+    else:
+        first = client.connection.call_async("first")
+    second = client.call_async("second")
+    if way == "cancelled":
+        first.cancel(tell=False)
+        assert peer.receive()[2] == "first"
+    elif way == "timed out":
+        assert peer.receive()[2] == "first"
+    else:
+        answer(peer)
+    assert answer(peer)[2] == "second"
+    assert second.get() == "second"
+    client.close()
+
+
+def test_call_async_waits_only_when_max_pending_calls_wait_to_be_sent(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_pending=2).connect()
+    peer = scripted.accept()
+    made: list[Any] = []
+
+    def make() -> None:
+        for number in range(8):
+            made.append(client.call_async("m", number))
+
+    making = gevent.spawn(make)
+    wait_until(lambda: client.statistics()["pending"] == 5)
+    # Two are under way, two wait to be sent, and whoever makes the fifth waits with it.
+    assert len(made) == 4
+    for _ in range(3):
+        answer(peer)
+    wait_until(lambda: len(made) == 7)
+    # In the hub nobody may wait.
+    from_hub: list[Any] = []
+    gevent.get_hub().loop.run_callback(lambda: from_hub.append(client.call_async("m", 8)))
+    wait_until(lambda: from_hub)
+    assert not making.ready()
+    for _ in range(6):
+        answer(peer)
+    making.join()
+    assert sorted(call.get() for call in made + from_hub) == list(range(9))
+
+    # Whoever is killed meanwhile has not called.
+    for number in range(4):
+        client.call_async("m", number)
+    killed = gevent.spawn(client.call_async, "never")
+    late = gevent.spawn(client.call_async, "late", timeout=0.01)
+    with pytest.raises(gmprpc.CallTimeout):
+        late.get().get()
+    killed.kill()
+    assert [answer(peer)[2] for _ in range(4)] == ["m"] * 4
+    wait_until(lambda: client.statistics()["pending"] == 0)
+    client.close()
+
+
+def test_who_has_much_unsent_waits_and_so_does_a_notification(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_unsent_size=1000, timeout=20).connect()
+    peer = scripted.accept()
+    large = client.call_async("large", b"x" * 20_000_000)
+    gevent.sleep(0)
+    waiting: list[Any] = [client.call_async("m"), gevent.spawn(client.call, "m"), gevent.spawn(client.notify, "n")]
+    with pytest.raises(gmprpc.CallTimeout) as caught:
+        client.notify("never", timeout=0.01)
+    assert str(caught.value) == "'never' could not be sent within 0.01 s (the call's timeout)"
+    # In the hub nobody may wait.
+    gevent.get_hub().loop.run_callback(client.notify, "n")
+    gevent.sleep(0)
+    assert client.connection.pending == 1
+    heard = Counter(peer.receive()[-2] for _ in range(5))
+    assert heard == {"large": 1, "m": 2, "n": 2}
+    waiting[2].get()
+    for msgid in range(3):
+        peer.send([1, msgid, None, msgid])
+    assert [large.get(), waiting[0].get(), waiting[1].get()] == [0, 1, 2]
+    client.close()
+
+
+def test_a_connection_lost_with_calls_waiting_for_room_is_made_again_for_them(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_pending=1, retry_interval=0.001, max_retry_interval=0.01).connect()
+    first = scripted.accept()
+    calls: list[Any] = [client.call_async("m", number) for number in range(2)]
+    calls.append(gevent.spawn(client.call, "m", 2))
+    first.receive()
+    first.reset()
+    with pytest.raises(gmprpc.ConnectionClosed):
+        calls[0].get()
+    second = scripted.accept()
+    assert [answer(second)[3], answer(second)[3]] == [[1], [2]]
+    assert [call.get() for call in calls[1:]] == [1, 2]
+    client.close()
+
+
+# Callbacks and hooks.
+
+
+def test_calls_may_be_made_from_callbacks_and_hooks(scripted: Scripted) -> None:
+    made: list[Any] = []
+    client = gmprpc.Client(
+        scripted.address, retry_interval=0.001, on_error=lambda client, exc: made.append(client.call("from hook"))
+    )
+    call = client.call_async("m")
+    call.rawlink(lambda call: made.append(client.call_async("from link")))
+    peer = scripted.accept()
+    answer(peer)
+    assert answer(peer)[2] == "from link"
+    assert made[0].get() == "from link"
+    peer.reset()
+    assert answer(scripted.accept())[2] == "from hook"
+    wait_until(lambda: made[1:] == ["from hook"])
+    client.close()
+
+
+def test_a_call_that_would_block_the_hub_is_refused_there(scripted: Scripted, client: gmprpc.Client) -> None:
+    refused = AsyncResult()
+
+    def call() -> None:
+        try:
+            client.call("m")
+        except RuntimeError as exc:
+            refused.set(exc)
+
+    gevent.get_hub().loop.run_callback(call)
+    assert "call_async" in str(refused.get())
+
+
+# The end.
+
+
+def test_close_ends_whatever_waits(scripted: Scripted) -> None:
+    scripted.go()
+    client = gmprpc.Client(scripted.address, max_pending=4, retry_interval=0.001, max_retry_interval=0.01)
+    for is_connected in (False, True):
+        if is_connected:
+            scripted.come_back()
+            client.connect()
+        waiting = [
+            *ways(client, "m"),
+            *ways(client, "m", idempotent=True),
+            *ways(client, "m", timeout=20),
+            gevent.spawn(client.call_async, "m"),
+        ]
+        wait_until(lambda: client.statistics()["pending"] == 7)
+        client.close()
+        for call in waiting:
+            with pytest.raises(gmprpc.ConnectionClosed):
+                outcome = call.get()
+                outcome.get()
+        assert client.statistics()["pending"] == 0
+        with pytest.raises(gmprpc.ConnectionClosed, match="the client is closed"):
+            client.call("m")
+
+
+def test_a_call_amid_which_the_client_is_closed_is_not_sent_again_after_connect(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address).connect()
+    first = scripted.accept()
+    waiting = ways(client, "m", idempotent=True)
+    wait_until(lambda: client.statistics()["pending"] == 2)
+    closing = gevent.spawn(client.close)
+    gevent.sleep(0)
+    connecting = gevent.spawn(client.connect)
+    first.close()
+    closing.get()
+    for call in waiting:
+        with pytest.raises(gmprpc.ConnectionClosed):
+            call.get()
+    second = scripted.accept()
+    connecting.get()
+    client.notify("marker")
+    assert second.receive() == [2, "marker", []]
+    client.close()
+
+
+# Threads.
+
+
+def in_thread(function: Callable[[], Any]) -> AsyncResult:
+    """What ``function()`` returns in a native thread of its own."""
+    result = AsyncResult()
+    loop = gevent.get_hub().loop
+
+    def run() -> None:
+        try:
+            value = function()
+        except BaseException as exc:
+            loop.run_callback_threadsafe(result.set_exception, exc)
+        else:
+            loop.run_callback_threadsafe(result.set, value)
+
+    start_new_thread(run, ())
+    return result
+
+
+def test_native_threads_share_a_client_each_with_a_connection(server: gmprpc.Server) -> None:
+    client = gmprpc.Client(server.address, timeout=20)
+
+    def work() -> int:
+        greenlets = [gevent.spawn(client.call, "echo", number) for number in range(50)]
+        calls = [client.call_async("echo", number) for number in range(50)]
+        gevent.joinall(greenlets)
+        assert [greenlet.value for greenlet in greenlets] == [call.get() for call in calls] == list(range(50))
+        return threading.get_ident()
+
+    threads = [in_thread(work) for _ in range(3)]
+    work()
+    assert len({thread.get() for thread in threads}) == 3
+    assert client.statistics()["connections"] == 4
+    # A thread that ends closes its connection.
+    wait_until(lambda: len(server.connections) == 1)
+    assert client.statistics()["open_connections"] == 1
+    client.close()
+    wait_until(lambda: not server.connections)
+
+
+def test_close_closes_the_connections_of_other_threads(server: gmprpc.Server) -> None:
+    client = gmprpc.Client(server.address, timeout=20)
+    outcome = in_thread(lambda: client.call("hold", 1))
+    wait_until(lambda: server.statistics()["in_flight"] == 1)
+    client.close()
+    with pytest.raises(gmprpc.ConnectionClosed):
+        outcome.get()
+    server.service.methods["release"]()
+    wait_until(lambda: not server.connections)
+    with pytest.raises(gmprpc.ConnectionClosed, match="the client is closed"):
+        in_thread(lambda: client.call("echo", 1)).get()
+    client.connect()
+    assert in_thread(lambda: client.call("echo", 1)).get() == 1
+    client.close()
+
+
+def test_threads_that_have_ended_leave_nothing_behind(server: gmprpc.Server) -> None:
+    client = gmprpc.Client(server.address, timeout=20)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        assert in_thread(lambda: client.call("echo", 1)).get() == 1
+    wait_until(lambda: not server.connections)
+    assert not client._links.all()
+    collected()
+    # Of the loops of threads that have ended gevent keeps what it needs to wake them up, until they are collected.
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
+    client.close()
+
+
+# Forks.
+
+FORK = """
+import os, sys, gevent, gmprpc
+gevent.get_hub().exception_stream = None  # The child's copies of greenlets fail, as they should.
+client = gmprpc.Client(("127.0.0.1", int(sys.argv[1])), timeout=20)
+client.call("echo", 1)
+calls = [gevent.spawn(client.call, "hold", os.getpid(), idempotent=True), client.call_async("hold", os.getpid())]
+queued = gmprpc.Client(("localhost", int(sys.argv[1])), timeout=20)
+calls.append(queued.call_async("note", "queued"))
+gevent.sleep(0)
+if sys.argv[2] == "connecting":
+    pass
+else:
+    queued.call("echo", 1)
+    calls.append(client.call_async("note", "unsent"))
+pid = os.fork()
+if pid == 0:
+    assert client.call("echo", 2) == 2
+    assert queued.call("echo", 2) == 2
+    for call in calls:
+        try:
+            call.get()
+            assert call is calls[2] and sys.argv[2] != "connecting", call
+        except gmprpc.ConnectionClosed as exc:
+            assert "forked" in str(exc) or "forked" in str(exc.__cause__), (exc, exc.__cause__)
+    client.close()
+    queued.close()
+    print("child", flush=True)
+    os._exit(0)
+_, status = os.waitpid(pid, 0)
+assert client.call("release") is None
+for call in calls:
+    call.get()
+assert client.call("echo", 3) == 3
+client.close()
+queued.close()
+print("parent", status, flush=True)
+"""
+
+
+@pytest.mark.parametrize("state", ["connected", "connecting"])
+def test_a_child_opens_its_own_connection_and_sends_nothing_that_is_its_parents(
+    service: gmprpc.Service, server: gmprpc.Server, state: str
+) -> None:
+    noted: list[str] = []
+    service.register(noted.append, "note")
+    with Program(sys.executable, "-c", FORK, str(server.server_port), state) as program:
+        assert program.lines() == ["child", "parent 0"]
+        assert program.wait() == 0
+    assert noted == ["queued", "unsent"] if state == "connected" else ["queued"]
+
+
+# Pings.
+
+
+def test_a_quiet_connection_is_asked_whether_its_server_is_there_and_any_answer_will_do(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, ping_interval=0.01).connect()
+    peer = scripted.accept()
+    for _ in range(3):
+        _, msgid, method, params = peer.receive()
+        assert (method, params) == ("$/health", [])
+        peer.send([1, msgid, 'No such method "$/health" found', None])
+    # Not while something is under way: whoever is busy may take its time.
+    call = client.call_async("m")
+    while (request := peer.receive())[2] != "m":
+        peer.send([1, request[1], None, "SERVING"])
+    gevent.sleep(0.05)
+    peer.send([1, request[1], None, 5])
+    assert call.get() == 5
+    assert client.connection.is_open
+    assert peer.receive()[2] == "$/health"
+    client.close()
+
+
+def test_a_server_that_answers_no_ping_is_given_up(scripted: Scripted) -> None:
+    errors: list[Exception] = []
+    client = gmprpc.Client(
+        scripted.address, ping_interval=0.01, on_error=lambda client, exc: errors.append(exc)
+    ).connect()
+    peer = scripted.accept()
+    assert peer.receive()[2] == "$/health"
+    wait_until(lambda: errors)
+    assert "no answer to a ping within 0.01 s" in str(errors[0])
+    assert not client.is_connected
+    client.close()
+
+
+def test_there_is_no_ping_unless_it_is_asked_for(server: gmprpc.Server) -> None:
+    seen: list[str] = []
+    with (
+        gmprpc.Server(("127.0.0.1", 0), on_dispatch=lambda connection, message: seen.append(message[2])) as server,
+        gmprpc.Client(server.address) as client,
+    ):
+        gevent.sleep(0.05)
+        assert client.is_connected
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ping_interval": 0}, {"ping_interval": -1}, {"retry_interval": -1}, {"max_retry_interval": None}]
+    + [{"max_pending": 0}, {"max_pending": 1.5}, {"connect_timeout": "5"}],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        gmprpc.Client(("127.0.0.1", 1), **settings)
