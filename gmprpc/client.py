@@ -71,7 +71,8 @@ class Client:
 
     While calls wait for a connection attempts are made again and again. After the nth failure in a row the next one
     waits for a random time of up to ``retry_interval`` * 2^n seconds, and of ``max_retry_interval`` at most. With
-    ``retry_interval=None`` the first failed attempt fails all calls that wait.
+    ``retry_interval=None`` the first failed attempt fails all calls that wait. A connection that was lost is made again
+    when somebody calls, or at once with ``keep_connected``, which is for clients that are called by their servers.
 
     At most ``max_pending`` calls wait for their answers on one connection; further ones wait their turn, as they do
     while more than ``max_unsent_size`` bytes wait to be sent.
@@ -105,6 +106,7 @@ class Client:
         # Connecting again
         retry_interval: float | None = RETRY_INTERVAL,
         max_retry_interval: float = MAX_RETRY_INTERVAL,
+        keep_connected: bool = False,
         # Limits
         max_pending: int | None = MAX_PENDING,
         max_message_size: int = CLIENT_MAX_MESSAGE_SIZE,
@@ -141,6 +143,7 @@ class Client:
             connect_timeout=connect_timeout,
             retry_interval=retry_interval,
             max_retry_interval=max_retry_interval,
+            keep_connected=keep_connected,
             max_pending=max_pending,
             ping_interval=ping_interval,
             connection=ConnectionOptions(

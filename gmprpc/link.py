@@ -6,6 +6,7 @@ It knows neither where the server is nor how to connect: it is given somebody wh
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,7 @@ from .options import LinkOptions, check_timeout
 from .protocol import Encoder
 from .reply import PendingCall
 from .streams import Stream
+from .transport import format_address
 
 
 class Owner(Protocol):
@@ -72,8 +74,8 @@ class Link:
         self._lives: dict[Greenlet[..., None], Connection] = {}
         # What waits for a connection, or for room on it, in the order in which it is to be sent; and before all that
         # what was sent on a connection that has ended, and had not left.
-        self._queue: dict[PendingCall, _Waiting] = {}
-        self._returned: dict[PendingCall, _Waiting] = {}
+        self._queue: OrderedDict[PendingCall, _Waiting] = OrderedDict()  # A dict's first item is ever harder to find.
+        self._returned: OrderedDict[PendingCall, _Waiting] = OrderedDict()
         # The greenlet that makes a connection, while there is one to be made, and why it couldn't last time.
         self._connecting: Greenlet[..., None] | None = None
         self._failure: Exception | None = None
@@ -271,7 +273,7 @@ class Link:
 
     def _connect(self) -> None:
         me = self._connecting
-        while self._queue or self._returned:
+        while self._is_wanted():
             if (delay := self._not_before - perf_counter()) > 0:
                 self._is_given_up.wait(delay)
                 self._is_given_up.clear()
@@ -282,7 +284,8 @@ class Link:
             except BaseException as exc:
                 if self._connecting is not me:
                     return  # Closed meanwhile: nobody waits any more.
-                self._fail(exc)
+                if not self._fail(exc):
+                    break
             else:
                 if self._connecting is not me:
                     stream.close()
@@ -291,8 +294,12 @@ class Link:
                 return
         self._connecting = None
 
-    def _fail(self, exc: BaseException) -> None:
-        """There is no connection, because of ``exc``: try again, or give up."""
+    def _is_wanted(self) -> bool:
+        """Whether there shall be a connection."""
+        return bool(self._queue or self._returned) or (self._options.keep_connected and not self._owner.is_closed)
+
+    def _fail(self, exc: BaseException) -> bool:
+        """There is no connection, because of ``exc``; says whether to try again."""
         may_try_again = self._backoff is not None and self._owner.is_worth_another_try(exc)
         if not isinstance(exc, Exception):  # A hook's, or the greenlet was killed.
             exc = ConnectFailed(f"can't connect: {text_of(exc)}")
@@ -302,6 +309,7 @@ class Link:
         else:
             self._fail_queue(exc)
         gevent.spawn(self._owner.report, exc)  # It may block, or call.
+        return may_try_again
 
     def _begin(self, stream: Stream) -> None:
         """Use the connection that has been made."""
@@ -333,6 +341,8 @@ class Link:
         finally:
             if heartbeat is not None:
                 heartbeat.stop()
+        if connection is self.connection and self._is_wanted():
+            self._want_connection()
         if error is not None:
             self._owner.report(error)
 
@@ -345,8 +355,8 @@ class Link:
 
     def _expire(self, call: PendingCall, limit: float) -> None:
         call.forget(False)
-        reason = "" if self._failure is None else f"; {self._failure}"
-        failed = ConnectFailed(f"no connection within {limit:g} s (connect_timeout){reason}")
+        reason = self._failure or f"can't connect to {format_address(self._owner.peer)}"
+        failed = ConnectFailed(f"{reason}; no connection within {limit:g} s (connect_timeout)")
         failed.__cause__ = self._failure
         call.set_exception(failed)
 

@@ -32,7 +32,7 @@ class Counters:
     expired_requests: int = 0
     #: Answers that came for a call that nobody waits for: timed out, cancelled, or never made.
     late_answers: int = 0
-    #: Requests that were sent a second time because they were ``idempotent`` and their connection was lost.
+    #: Requests that had left when their connection was lost, and were to be sent again, since they were ``idempotent``.
     resent_requests: int = 0
     #: Answers that a handler gave after its connection had gone, or its time was over.
     dropped_answers: int = 0

@@ -89,6 +89,7 @@ class LinkOptions:
     connect_timeout: float | None = CONNECT_TIMEOUT
     retry_interval: float | None = RETRY_INTERVAL
     max_retry_interval: float = MAX_RETRY_INTERVAL
+    keep_connected: bool = False
     max_pending: int | None = MAX_PENDING
     ping_interval: float | None = None
 

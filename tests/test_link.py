@@ -152,7 +152,9 @@ def test_without_a_time_out_of_its_own_it_waits_as_long_as_connecting_may_take(s
         lambda: client.notify("m"),
         lambda: client.connect(),
     ):
-        with pytest.raises(gmprpc.ConnectFailed, match=r"no connection within 0.05 s .*; .*refused") as caught:
+        with pytest.raises(
+            gmprpc.ConnectFailed, match=r"refused; no connection within 0.05 s \(connect_timeout\)"
+        ) as caught:
             call()
         assert isinstance(caught.value.__cause__, gmprpc.ConnectFailed)
         assert caught.value.sent is False
@@ -334,6 +336,23 @@ def test_what_had_not_left_when_the_peer_said_its_last_word_never_does(
     assert [call.get() for call in unsent] == [0, 1, 2]
     heard = [message[-2] for message in peer.receive_rest()]
     assert sorted(methods + heard) == sorted(["sent", "first piece behind it", *["unsent"] * 3, "news"])
+
+
+def test_a_client_that_is_to_be_called_connects_again_by_itself(scripted: Scripted) -> None:
+    service = gmprpc.Service()
+    service.register(lambda: "here", "where")
+    client = gmprpc.Client(
+        scripted.address, service=service, keep_connected=True, retry_interval=0.001, max_retry_interval=0.01
+    ).connect()
+    for end in (Peer.close, Peer.reset):
+        peer = scripted.accept()
+        assert peer.call("where") == [1, 0, None, "here"]
+        end(peer)
+    scripted.go()
+    scripted.come_back()
+    assert scripted.accept().call("where") == [1, 0, None, "here"]
+    client.close()
+    assert link_of(client)._connecting is None
 
 
 # Time-outs and cancelling.
