@@ -133,6 +133,10 @@ def test_callback() -> None:
     ]
 
 
+def test_reconnecting() -> None:
+    assert output_of("reconnecting.py") == ["sent: False", "this is the second server", "this is the third server"]
+
+
 def test_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "example.sock"
     with serving("unix_socket.py", path) as address, client_of(address) as client:
