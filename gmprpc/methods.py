@@ -9,7 +9,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, partialmethod, singledispatchmethod
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 from .exceptions import ErrorResponse, no_such_method
@@ -112,13 +112,14 @@ class Methods(Mapping[str, Handler]):
         for table in self._tables.values():
             del table[name]
 
-    def table(self, *wrappers: Wrapper) -> MethodTable:
+    def table(self, *wrappers: Wrapper, builtins: Mapping[str, Handler] = MappingProxyType({})) -> MethodTable:
         """A live table of these methods; each wrapper gives what is called in place of each, unknown ones included.
 
-        The first one comes closest to the method.
+        The first one comes closest to the method. ``builtins`` are in this table only, for good: their names begin with
+        the prefix under which nothing can be registered.
         """
         table = MethodTable(*wrappers)
-        for name, function in self._handlers.items():
+        for name, function in {**builtins, **self._handlers}.items():
             table[name] = function
         self._tables[id(table)] = table
         return table
@@ -143,6 +144,21 @@ def params_mismatch(
             return None  # A decorator gave it other params, and they were right.
         return f"wrong params for {method}{_shown(signature)}: {exc}"
     return None
+
+
+def signature_of(function: Handler) -> str:
+    """What ``function`` takes, for a caller to read: ``(a, b=...)``; ``(...)`` if that can't be told."""
+    try:
+        return _shown(inspect.signature(function))
+    except (TypeError, ValueError):
+        return "(...)"
+
+
+def summary_of(function: Handler) -> str:
+    """The first line of ``function``'s docstring; "" if it has none."""
+    while isinstance(function, partial):
+        function = function.func  # Its own docstring tells what a `partial` is.
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def _was_entered(function: Handler, raised: BaseException | None) -> bool:

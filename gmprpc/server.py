@@ -87,6 +87,8 @@ class Server(Registry):
     ``packer_options`` and ``unpacker_options`` go to msgpack's Packer and Unpacker; their hooks must not block.
     ``hide_errors`` answers ``internal error (id)`` in place of what a handler raised; the log has the id too.
     ``reuse_greenlets=False`` gives each request a fresh greenlet, for code that depends on pristine greenlet-locals.
+    ``introspection=False`` leaves the built-in methods out that tell callers what can be called: ``$/list`` and
+    ``$/describe``.
     """
 
     def __init__(
@@ -122,6 +124,8 @@ class Server(Registry):
         # Requests
         hide_errors: bool = False,
         reuse_greenlets: bool = True,
+        # Built-in methods
+        introspection: bool = True,
     ) -> None:
         if ssl_context is not None and ssl_context.protocol == ssl.PROTOCOL_TLS_CLIENT:
             raise ValueError("ssl_context is that of a client: make it with gmprpc.tls.server_context()")
@@ -137,6 +141,8 @@ class Server(Registry):
         super().__init__(self.service._methods)
         #: Seconds that :meth:`stop` gives what is in flight.
         self.stop_timeout = stop_timeout
+        #: What ``$/health`` tells, unless the server is stopping: for the program to set. Calls are served either way.
+        self.is_healthy = True
         self._listener = listener
         self._file_wanted = SocketFile(socket_mode, socket_user, socket_group) if is_unix else None
         self._ssl_context = ssl_context
@@ -163,7 +169,7 @@ class Server(Registry):
             wrappers.append(partial(_dispatched, on_dispatch))
         if reply_timeout is not None:
             wrappers.append(partial(expiring, reply_timeout))
-        self._table = self.service.table(*wrappers)
+        self._table = self.service.table(*wrappers, introspection=introspection, is_serving=self._is_serving)
         self._counters = Counters()
         self._acceptor: Acceptor | None = None
         self._file: tuple[str, tuple[int, int] | None] | None = None  # Its path, and what tells it from another one.
@@ -349,6 +355,9 @@ class Server(Registry):
         self._arrivals.clear()
         self._connections.clear()
         self._greenlets.kill(block=False)
+
+    def _is_serving(self) -> bool:
+        return self.is_healthy and not self._is_stopping
 
     def __enter__(self) -> Self:
         self.start()

@@ -10,6 +10,7 @@ from inspect import Parameter
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
+from .builtin import builtins_of
 from .connection import Connection, current_call, current_reply
 from .log import log
 from .methods import Handler, Methods, MethodTable, Wrapper
@@ -102,12 +103,19 @@ class Service(Registry):
 
     def __init__(self) -> None:
         super().__init__(Methods())
-        self._own_table = self.table()
+        self._own_table = self.table(introspection=True)
         self._counters = Counters()
 
-    def table(self, *wrappers: Wrapper) -> MethodTable:
-        """A live table of the methods for connections; each wrapper gives what is called in place of each method."""
-        return self._methods.table(*wrappers)
+    def table(
+        self, *wrappers: Wrapper, introspection: bool = False, is_serving: Callable[[], bool] = lambda: True
+    ) -> MethodTable:
+        """A live table of the methods for connections; each wrapper gives what is called in place of each method.
+
+        It has the built-in methods, too. With ``introspection`` they tell about the others; ``is_serving()`` is what
+        ``$/health`` tells.
+        """
+        builtins = builtins_of(self._methods, is_serving=is_serving, introspection=introspection)
+        return self._methods.table(*wrappers, builtins=builtins)
 
     def __call__(self, socket: Any, address: Any) -> None:
         """Serve ``socket`` until its peer is done and everything is answered; blocks this greenlet, takes the socket.

@@ -132,7 +132,7 @@ class Exposed(Base):
 @pytest.mark.parametrize(
     "name",
     ["_private", "__init__", "__class__", "__class__.__base__", "inherited", "attribute", "callback", "prop", "Nested"]
-    + ["public.__func__", "public.__globals__", "method", "register", "echo.__call__", "", "$/health", "os.system", "*"]
+    + ["public.__func__", "public.__globals__", "method", "register", "echo.__call__", "", "$/eval", "os.system", "*"]
     + ["Public", "public ", "public\0"],
 )
 def test_only_registered_names_can_be_called(service: gmprpc.Service, peer: Peer, name: str) -> None:

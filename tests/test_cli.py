@@ -393,6 +393,16 @@ def test_limits_of_connections_and_answers_reach_the_server(app_dir: Path) -> No
         served.expect(r"refused: there are max_connections \(1\)")
 
 
+@pytest.mark.parametrize("by_option", [True, False])
+def test_without_introspection_callers_are_not_told_what_there_is(by_option: bool) -> None:
+    options, env = (["--no-introspection"], {}) if by_option else ([], {"GMPRPC_NO_INTROSPECTION": "1"})
+    with serving(*options, env=env) as served, gmprpc.Client(served.addresses[0]) as client:
+        for params in (["$/list"], ["$/describe", "echo"]):
+            with pytest.raises(gmprpc.MethodNotFound):
+                client.call(*params)
+        assert client.call("$/health") == "SERVING"
+
+
 def test_the_file_of_a_unix_socket_is_made_as_the_options_say(app_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     options = ["--socket-mode=600", f"--socket-user={os.getuid()}"]

@@ -22,6 +22,7 @@ FLOORS: dict[str, int] = {
     "service": 6,
     "link": 6,
     "connection": 5,
+    "builtin": 5,
     "expiry": 5,
     "requests": 4,
     "calls": 3,

@@ -145,6 +145,11 @@ def _option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Call
     is_flag=True,
     help="Don't tell callers what a method raised; the log has it.",
 )
+@_option(
+    "--no-introspection",
+    is_flag=True,
+    help="Don't tell callers what methods there are and what they take.",
+)
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -166,6 +171,7 @@ def serve(
     socket_group: str | None,
     graceful_timeout: float,
     hide_errors: bool,
+    no_introspection: bool,
 ) -> None:
     """Serve the service ATTR of MODULE, or a demo.
 
@@ -200,6 +206,7 @@ def serve(
             write_timeout=write_timeout,
             idle_timeout=idle_timeout,
             hide_errors=hide_errors,
+            introspection=not no_introspection,
         )
         for bind in binds or [DEFAULT_BIND]
     ]

@@ -1,0 +1,42 @@
+"""The methods that are there without being registered, under the reserved prefix ``$/``.
+
+They enter a connection's table as every method does, so that hooks and time-outs are wrapped around them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .exceptions import ErrorResponse, no_such_method
+from .methods import Handler, Methods, UnknownMethod, signature_of, summary_of
+
+SERVING = "SERVING"
+NOT_SERVING = "NOT_SERVING"
+
+
+def builtins_of(methods: Methods, *, is_serving: Callable[[], bool], introspection: bool) -> dict[str, Handler]:
+    """What a table of ``methods`` has besides them; only with ``introspection`` what tells about them."""
+
+    def health() -> str:
+        """Whether calls are welcome: "SERVING" or "NOT_SERVING", the words of gRPC's health checks."""
+        return SERVING if is_serving() else NOT_SERVING
+
+    def list_() -> list[str]:
+        """The names of the registered methods, sorted."""
+        return sorted(methods)
+
+    def describe(name: Any) -> dict[str, str]:
+        """A map of the name, the signature and the first line of the docstring of a method."""
+        if isinstance(name, bytes):  # As the name of a method may come, too.
+            name = name.decode(errors="replace")
+        if not isinstance(name, str):
+            raise ErrorResponse(f"name has to be a string, not {type(name).__name__}")
+        if (function := methods.get(name)) is None:
+            raise UnknownMethod(no_such_method(name))
+        return {"name": name, "signature": signature_of(function), "doc": summary_of(function)}
+
+    builtins: dict[str, Handler] = {"$/health": health}
+    if introspection:
+        builtins |= {"$/list": list_, "$/describe": describe}
+    return builtins
