@@ -10,6 +10,7 @@ from typing import Any
 
 from .exceptions import ErrorResponse, no_such_method
 from .methods import Handler, Methods, UnknownMethod, signature_of, summary_of
+from .requests import current_request
 
 SERVING = "SERVING"
 NOT_SERVING = "NOT_SERVING"
@@ -36,7 +37,11 @@ def builtins_of(methods: Methods, *, is_serving: Callable[[], bool], introspecti
             raise UnknownMethod(no_such_method(name))
         return {"name": name, "signature": signature_of(function), "doc": summary_of(function)}
 
-    builtins: dict[str, Handler] = {"$/health": health}
+    def cancel(msgid: Any) -> None:
+        """The caller doesn't want the answers any more to what it called with ``msgid`` on this connection."""
+        current_request().requests.cancel(msgid)
+
+    builtins: dict[str, Handler] = {"$/cancel": cancel, "$/health": health}
     if introspection:
         builtins |= {"$/list": list_, "$/describe": describe}
     return builtins

@@ -65,7 +65,6 @@ class _Expiry:
         _, msgid, method, _ = request.message
         self._requests = request.requests
         self._request = request
-        request.reply = None  # An earlier request's.
         self._what = f"request {msgid} of {shown(method)} from {format_address(request.requests.owner.peer)}"
         self._text = f"no answer within {timeout:g} s"
         self._reply: weakref.ref[Reply] | None = None
@@ -93,7 +92,11 @@ class _Expiry:
             self._requests.answer_instead(self._request, self._text)
             self._log()
             self._request.throw(CallCancelled(self._text))
-        elif (reply := self._reply()) is not None and reply.expire(self._text, self._requests.drop_late):
+        elif (
+            not self._requests.owner.is_closed
+            and (reply := self._reply()) is not None
+            and reply.expire(self._text, self._requests.drop_late)
+        ):
             self._requests.count_expired()
             self._log()
 

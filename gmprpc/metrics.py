@@ -30,6 +30,8 @@ class Counters:
     refused_messages: int = 0
     #: Requests that were answered with an error because their handlers took longer than ``reply_timeout``.
     expired_requests: int = 0
+    #: Requests that their callers have cancelled while they were at work.
+    cancelled_requests: int = 0
     #: Answers that came for a call that nobody waits for: timed out, cancelled, or never made.
     late_answers: int = 0
     #: Requests that had left when their connection was lost, and were to be sent again, since they were ``idempotent``.

@@ -83,11 +83,16 @@ class Reply(_AsyncResult):
         return not self._right_to_answer
 
     def cancelled(self) -> bool:  # type: ignore[override]
-        """True once nobody waits for the answer any more: the connection was lost, or it took too long."""
+        """True once nobody waits for the answer any more: the caller has given up, the connection was lost, or it took
+        too long.
+        """
         return self._is_cancelled
 
     def on_cancel(self, callback: Callable[[], Any]) -> None:
-        """Have ``callback()`` called, in a greenlet of its own, when :meth:`cancelled` turns true, or now if it is."""
+        """Have ``callback()`` called, in a greenlet of its own, when :meth:`cancelled` turns true, or now if it is.
+
+        The reply still has to be answered, or dropped, then: every request gets an answer, if there is a way.
+        """
         self._in_own_thread(self._add_cancel_callback, callback)
 
     def _add_cancel_callback(self, callback: Callable[[], Any]) -> None:
@@ -96,20 +101,22 @@ class Reply(_AsyncResult):
         else:
             self._cancel_callbacks.append(callback)
 
-    def _cancel(self) -> None:
-        """Called by the connection, in the hub, when it has lost its peer."""
-        if not self._is_cancelled and not self.answered():
-            self._is_cancelled = True
-            callbacks, self._cancel_callbacks = self._cancel_callbacks, []
-            for callback in callbacks:
-                gevent.spawn(_call_back, callback)
+    def _cancel(self) -> bool:
+        """Called by the connection when nobody waits for this any more; False if that is known, or it was answered."""
+        if self._is_cancelled or self.answered():
+            return False
+        self._is_cancelled = True
+        callbacks, self._cancel_callbacks = self._cancel_callbacks, []
+        for callback in callbacks:
+            gevent.spawn(_call_back, callback)
+        return True
 
     def expire(self, error: Any, on_late: Callable[[], Any]) -> bool:
         """Answer with ``error`` in place of whoever should have; in the hub. False if it was answered before.
 
         An answer that still comes is dropped, and ``on_late()`` called.
         """
-        if self._is_cancelled or self.answered():
+        if self.answered():
             return False
         self._right_to_be_late.append(on_late)  # First: in another thread an answer may be given at this moment.
         self._cancel()

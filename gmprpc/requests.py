@@ -35,6 +35,10 @@ logger = logging.getLogger("gmprpc.connection")
 
 DROPPED_REPLY: Final = "the reply was dropped unanswered"
 
+_CANCELLED_BY_CALLER: Final = "the caller has cancelled it"
+#: Nothing of what the exception says that came out of the handler: it may be that of a call which the handler had made.
+CANCELLED: Final = text_of(CallCancelled(_CANCELLED_BY_CALLER))
+
 # So much of answers doesn't wait for others to be sent together with them, of which those up to the second size aren't
 # counted: there are no more of them than a batch has messages. Picked arbitrarily.
 _LARGE_ANSWERS = 16 * 1024
@@ -121,8 +125,9 @@ class Requests:
         self.lead_end = 0.0
         #: The size of the answers, but for the small ones, that have gathered since they were sent for it.
         self.gathered = 0
-        #: What will complete later, Replies weakly, so that it can be noticed when nobody is left to answer.
-        self.deferred: dict[int, Any] = {}
+        #: What will complete later, Replies weakly, so that it can be noticed when nobody is left to answer; by the
+        #: msgid and a number, since a msgid may come twice.
+        self.deferred: dict[tuple[int | None, int], Any] = {}
         self._deferred_keys = count()
         self._limit = options.max_concurrency
         self._reuse_greenlets = options.reuse_greenlets
@@ -154,9 +159,35 @@ class Requests:
     def cancel_replies(self) -> None:
         """Tell every Reply that is still to be set that nobody waits for it any more."""
         for reference in [*self.deferred.values(), *(request.reply for request in self.greenlets)]:
-            reply = reference() if isinstance(reference, weakref.ref) else None
-            if reply is not None:
-                reply._cancel()
+            _cancel_reply(reference)
+
+    def cancel(self, msgid: Any) -> None:
+        """Tell the requests with ``msgid`` that are at work now that their caller has given them up.
+
+        Called by the handler of another one. :exc:`CallCancelled` is raised in their handlers, soon, by the hub; where
+        one has returned a Reply that is told. Either still takes a place of ``max_concurrency`` until it has ended:
+        otherwise a peer that cancels whatever it has called could have any number at work.
+        """
+        if type(msgid) is not int:  # To Python True and 1.0 are 1.
+            return
+        for request in self.greenlets:
+            message = request.message
+            if request.cancelled is not message:
+                request.cancelled = None  # An earlier request: its params needn't be kept any longer.
+            if message is not None and message[1] == msgid and not (request.cancelled or request.is_answered):
+                request.cancelled = message
+                self._counters.cancelled_requests += 1
+                self.hub.loop.run_callback(self._cancel_handler, request, message)
+        for (deferred_msgid, _), reference in self.deferred.items():
+            if deferred_msgid == msgid:
+                self._counters.cancelled_requests += _cancel_reply(reference)
+
+    def _cancel_handler(self, request: RequestGreenlet, message: Message) -> None:
+        """Raise CallCancelled in the handler of ``message``, if it is still at work; in the hub."""
+        # The greenlet may be at work on another message by now, or kept waiting by the log of what the handler raised.
+        if request.message is message and not request.is_answered:
+            _cancel_reply(request.reply)
+            request.throw(CallCancelled(_CANCELLED_BY_CALLER))
 
     # Answers other than a handler's plain result.
 
@@ -165,8 +196,8 @@ class Requests:
         assert request.message is not None
         self.count_expired()
         self.out.append(self.error_response(request.message[1], error))
-        if request.reply is not None and (reply := request.reply()) is not None:
-            reply._cancel()
+        request.cancelled, request.is_answered = request.message, True
+        _cancel_reply(request.reply)
         self.owner.settle_soon()
 
     def count_expired(self) -> None:
@@ -246,22 +277,27 @@ class Requests:
             self.hub.loop.run_callback(self.hub.handle_system_error, type(exc), exc)
 
     def defer(self, msgid: int | None, method: str, result: Any) -> None:
-        """Answer when ``result``, a Reply, an AsyncResult or a Greenlet, completes."""
+        """Answer when ``result`` completes, a Reply, an AsyncResult or a Greenlet; called where it was returned."""
         self.lead_end = 0.0  # What is at work counts for `max_concurrency`: the hub has to look.
-        key = next(self._deferred_keys)
-        completed = partial(self._answer_deferred, key, msgid, method)
+        key = msgid, next(self._deferred_keys)
+        completed = partial(self._answer_deferred, key, method)
         if isinstance(result, Reply):
             self.deferred[key] = weakref.ref(result)
             result._on_drop = _both(result._on_drop, partial(completed, None))
         else:
             self.deferred[key] = result
+        request = current_request()
+        if request.cancelled is request.message:  # Before the hub came to tell the handler, or it went on nevertheless.
+            _cancel_reply(self.deferred[key])
+        request.reply = request.cancelled = None
         result.rawlink(completed)
 
-    def _answer_deferred(self, key: int, msgid: int | None, method: str, result: Any) -> None:
+    def _answer_deferred(self, key: tuple[int | None, int], method: str, result: Any) -> None:
         """Called when ``result`` has completed; it is None for a Reply that was dropped unanswered."""
         if get_thread_ident() != self.hub.thread_ident:
-            self.hub.loop.run_callback_threadsafe(self._answer_deferred, key, msgid, method, result)
+            self.hub.loop.run_callback_threadsafe(self._answer_deferred, key, method, result)
             return
+        msgid, _ = key
         exc: BaseException | None = None
         if self.owner.is_closed:
             self._counters.dropped_answers += msgid is not None
@@ -274,15 +310,15 @@ class Requests:
                 exc = packing
         if exc is not None:
             # Not from here, the hub: it is asked for what it has to say, and perhaps logged.
-            gevent.spawn(self._fail_deferred, key, msgid, method, exc)
+            gevent.spawn(self._fail_deferred, key, method, exc)
             return
         del self.deferred[key]
         self.owner.settle_soon()
 
-    def _fail_deferred(self, key: int, msgid: int | None, method: str, exc: BaseException) -> None:
+    def _fail_deferred(self, key: tuple[int | None, int], method: str, exc: BaseException) -> None:
         self.pass_on(exc)
         try:
-            self.fail(msgid, method, exc)
+            self.fail(key[0], method, exc)
         except BaseException:  # The answer stands by now; the log has failed.
             show_failure(self)
         finally:
@@ -303,7 +339,7 @@ class Requests:
 class RequestGreenlet(_Greenlet):
     """Runs the handlers of one connection's requests, one after the other; only the hub switches into it."""
 
-    __slots__ = ("is_retired", "message", "reply", "requests")
+    __slots__ = ("cancelled", "is_answered", "is_retired", "message", "reply", "requests")
 
     # Where it was made says nothing, and costs time to find out.
     spawning_stack_limit = 0
@@ -313,8 +349,12 @@ class RequestGreenlet(_Greenlet):
         self.requests = requests
         #: The message to carry out; None between two requests.
         self.message: Message | None = None
-        #: Of a handler that takes one.
+        #: Of a handler that takes one, as long as that is at work.
         self.reply: weakref.ref[Reply] | None = None
+        #: The message of which the handler was, or is about to be, told to end. It is `message`, or an earlier one.
+        self.cancelled: Message | None = None
+        #: True while the answer is given, an error, and the handler or the log of its failure still at work.
+        self.is_answered = False
         #: Set when it is to end after its request.
         self.is_retired = False
 
@@ -382,6 +422,13 @@ class RequestGreenlet(_Greenlet):
         """Answer that the handler of the message raised ``exc``; ``function`` as for :meth:`Requests.fail`."""
         assert self.message is not None
         _, msgid, method, params = self.message
+        is_told = self.ends_as_told(exc)
+        _cancel_reply(self.reply)  # Whoever else has it: this is the answer.
+        self.reply = self.cancelled = None
+        if is_told:
+            self.requests.out.append(self.requests.error_response(msgid, CANCELLED))
+            return
+        self.is_answered = True
         # Who is killed shall die, when it has answered.
         self.is_retired |= issubclass(type(exc), GreenletExit)
         self.requests.pass_on(exc)
@@ -391,6 +438,11 @@ class RequestGreenlet(_Greenlet):
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
                 show_failure(self.requests)
+        self.is_answered = False
+
+    def ends_as_told(self, exc: BaseException) -> bool:
+        """Whether ``exc`` ends the handler because it was told to end, and is no fault of its own."""
+        return self.cancelled is self.message and issubclass(type(exc), CallCancelled)
 
     def kill(self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None) -> None:
         """Raise ``exception`` in it, soon; see :meth:`gevent.Greenlet.kill`."""
@@ -402,11 +454,17 @@ class RequestGreenlet(_Greenlet):
         super().kill(exception, block, timeout)
 
 
-def current_requests() -> Requests:
-    """Those among which this greenlet carries out one."""
+def current_request() -> RequestGreenlet:
+    """This greenlet, which carries out a request."""
     request = getcurrent()
     assert isinstance(request, RequestGreenlet)
-    return request.requests
+    return request
+
+
+def _cancel_reply(reference: Any) -> bool:
+    """Tell the Reply, if that is what ``reference`` stands for, that nobody waits for it; whether it was news to it."""
+    reply = reference() if isinstance(reference, weakref.ref) else None
+    return reply is not None and reply._cancel()
 
 
 def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callable[[], Any]:

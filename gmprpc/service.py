@@ -16,7 +16,7 @@ from .log import log
 from .methods import Handler, Methods, MethodTable, Wrapper
 from .metrics import Counters
 from .options import ConnectionOptions
-from .requests import current_requests
+from .requests import current_request
 from .streams import PlainStream
 from .transport import peer_of
 
@@ -146,8 +146,10 @@ def _deferred(callback: Handler) -> Handler:
         except BaseException as exc:
             if reply is None or not reply.answered():
                 raise
-            current_requests().pass_on(exc)
-            log(logger, logging.ERROR, "%s raised after it had answered", current_call().method, exc_info=exc)
+            request = current_request()
+            request.requests.pass_on(exc)
+            if not request.ends_as_told(exc):
+                log(logger, logging.ERROR, "%s raised after it had answered", current_call().method, exc_info=exc)
         if reply is None:
             return None
         # Answered on the spot: then there is nothing to wait for.

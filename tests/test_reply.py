@@ -414,6 +414,17 @@ def test_an_answer_from_a_thread_may_come_just_before_it_is_too_late() -> None:
     assert not reply._right_to_be_late
 
 
+def test_a_reply_that_is_answered_does_not_expire_but_one_that_is_cancelled_does() -> None:
+    answered, cancelled = Reply(), Reply()
+    answered.result("in time")
+    assert answered.expire("too late", lambda: None) is False
+    assert answered.get() == "in time"
+    cancelled._cancel()
+    assert cancelled.expire("too late", lambda: None) is True
+    with pytest.raises(ErrorResponse, match="too late"):
+        cancelled.get()
+
+
 def test_a_pending_call_has_its_outcome() -> None:
     call = PendingCall("m")
     assert call.method == "m"
