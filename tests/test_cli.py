@@ -269,7 +269,7 @@ def test_what_to_type_next_names_an_address_that_can_be_called(wildcard: str, sh
         assert f" call {shown}" in served.expect(" call ")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["call"], ["notify"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["call"], ["notify"], ["list"], ["describe"], ["health"]])
 def test_help_fits_and_is_no_error(command: list[str]) -> None:
     process = run(*command, "--help")
     assert (process.returncode, process.stderr) == (0, "")
@@ -719,23 +719,71 @@ def call_in_greenlet(*args: str, command: str = "call") -> subprocess.CompletedP
     return gevent.get_hub().threadpool.apply(run, (command, *args))
 
 
-def test_unknown_method_is_an_error_answer(demo: str) -> None:
-    assert_fails(run("call", demo, "no_such"), 1, 'No such method "no_such" found')
+@pytest.mark.parametrize("command", ["call", "describe"])
+def test_unknown_method_is_an_error_answer_that_names_the_nearest_ones(app: str, demo: str, command: str) -> None:
+    for method, nearest in {
+        "ech": "; did you mean: echo?",
+        "ECHO": "; did you mean: echo?",
+        "lime": "; did you mean: time?",
+        "no_such": "",
+        "": "",
+    }.items():
+        process = run(command, demo, method)
+        assert (process.returncode, process.stdout) == (1, "")
+        assert process.stderr == f'No such method "{method}" found{nearest}\n'
+    process = run(command, app, "wait_until_happens")
+    assert_fails(process, 1, "; did you mean: wait_until_it_happens, let_it_happen?")
 
 
-@pytest.mark.parametrize("command", ["call", "notify"])
+def test_nothing_is_said_of_the_nearest_methods_where_the_server_doesnt_tell() -> None:
+    with serving("--no-introspection") as served:
+        process = run("call", served.addresses[0], "ech")
+        assert (process.returncode, process.stderr) == (1, 'No such method "ech" found\n')
+
+
+@pytest.mark.parametrize(
+    "answer, hint",
+    [
+        ([1, 1, None, ["method\x1b[2J", "METHOD"]], "; did you mean: METHOD, method\\x1b[2J?"),
+        ([1, 1, None, [1, None, ["method"], b"method"]], ""),
+        ([1, 1, None, "method"], ""),
+        ([1, 1, None, None], ""),
+        ([1, 1, [0, "no"], None], ""),
+        (None, ""),  # It hangs up.
+    ],
+)
+def test_whatever_a_server_says_of_its_methods_is_only_a_hint(listener: Listener, answer: Any, hint: str) -> None:
+    def serve() -> None:
+        with listener.accept() as connection:
+            connection.recv(1000)
+            connection.sendall(msgpack.packb([1, 0, 'No such method "methods" found', None]))
+            if answer is not None:
+                assert msgpack.unpackb(connection.recv(1000)) == [0, 1, "$/list", []]
+                connection.sendall(msgpack.packb(answer))
+
+    server = gevent.spawn(serve)
+    process = call_in_greenlet(listener.address, "methods")
+    server.get()
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == f'No such method "methods" found{hint}\n'
+
+
+@pytest.mark.parametrize("command", ["call", "notify", "list", "health", "describe"])
 def test_nobody_there_is_exit_code_3(command: str, tmp_path: Path) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        assert_fails(run(command, address, "echo"), 3, f"can't connect to {address}: Connection refused", "running?")
+        args = [] if command in ("list", "health") else ["echo"]
+        assert_fails(run(command, address, *args), 3, f"can't connect to {address}: Connection refused", "running?")
     address = f"unix:{tmp_path}/socket"
-    assert_fails(run(command, address, "echo"), 3, f"can't connect to {address}: No such file", "running?")
+    assert_fails(run(command, address, *args), 3, f"can't connect to {address}: No such file", "running?")
 
 
 def test_no_answer_in_time_is_exit_code_4(listener: Listener) -> None:
     process = run("call", "--timeout", "0.1", listener.address, "method")
     assert_fails(process, 4, "no answer to 'method' within 0.1 s; --timeout gives it longer")
+    process = run("health", "--timeout", "0.1", listener.address)
+    assert_fails(process, 4, "no answer to '$/health' within 0.1 s; --timeout gives it longer")
 
 
 @pytest.mark.parametrize(
@@ -776,6 +824,64 @@ def test_result_is_pretty_on_a_terminal_only(demo: str) -> None:
 def test_result_is_utf8_whatever_the_locale(demo: str) -> None:
     env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     assert result_of(demo, "echo", '"\\u00e9"', env=env) == "é"
+
+
+# list, describe, health.
+
+
+def test_methods_are_listed(demo: str) -> None:
+    process = run("list", demo)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "echo\nlater\nsleep\nsum\ntime\n", "")
+
+
+def test_a_method_is_described(demo: str, app: str) -> None:
+    process = run("describe", demo, "later")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == (
+        "later(seconds, value=...)\n"
+        "    Answers ``value`` after so many seconds, in the style of AnyEvent::MPRPC: no handler waits meanwhile.\n"
+    )
+    assert run("describe", app, "append").stdout == "append(value)\n"
+
+
+def test_health_is_one_word_and_the_exit_code(demo: str, service: gmprpc.Service) -> None:
+    process = run("health", demo)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "SERVING\n", "")
+    with gmprpc.Server(("127.0.0.1", 0), service) as server:
+        server.is_healthy = False
+        process = call_in_greenlet(f"127.0.0.1:{server.server_port}", command="health")
+        assert (process.returncode, process.stdout, process.stderr) == (1, "NOT_SERVING\n", "")
+
+
+@pytest.mark.parametrize("command", ["list", "describe", "health"])
+def test_a_server_without_built_in_methods_is_exit_code_1(listener: Listener, command: str) -> None:
+    method = f"$/{command}"
+    listener.answer(msgpack.packb([1, 0, f'No such method "{method}" found', None]))
+    args = ["echo"] if command == "describe" else []
+    process = call_in_greenlet(listener.address, *args, command=command)
+    assert_fails(process, 1, f"""No such method "{method}" found; this server doesn't tell""")
+
+
+@pytest.mark.parametrize("command", ["list", "describe", "health"])
+@pytest.mark.parametrize("result", [None, 5, "five", ["five", 5], {"name": "five", "signature": 5, "doc": ""}])
+def test_what_makes_no_sense_is_exit_code_5(listener: Listener, command: str, result: Any) -> None:
+    listener.answer(msgpack.packb([1, 0, None, result]))
+    args = ["echo"] if command == "describe" else []
+    process = call_in_greenlet(listener.address, *args, command=command)
+    if command == "health" and isinstance(result, str):  # A word that is unknown here.
+        assert (process.returncode, process.stdout) == (1, "five\n")
+    else:
+        assert_fails(process, 5, f"the answer to $/{command} makes no sense")
+
+
+def test_nothing_of_it_is_anything_that_a_terminal_would_act_on(listener: Listener) -> None:
+    for command, args, result, shown in (
+        ("list", [], ["a\nb", "\x1b[2J"], "a\\nb\n\\x1b[2J\n"),
+        ("describe", ["f"], {"name": "f", "signature": "(\t)", "doc": "\r"}, "f(\\t)\n    \\r\n"),
+        ("health", [], "\x07", "\\x07\n"),
+    ):
+        listener.answer(msgpack.packb([1, 0, None, result]))
+        assert call_in_greenlet(listener.address, *args, command=command).stdout == shown
 
 
 def assert_interrupt_is_quiet(listener: Listener, *args: str | Path) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from gmprpc.client import Client
+from gmprpc.exceptions import MethodNotFound
 from gmprpc.options import CLIENT_MAX_MESSAGE_SIZE
 from gmprpc.protocol import Encoder
 
 from . import parameters
-from .exits import Broken, TimedOut, call_errors
+from .asking import OPTIONS_FIRST, asking, unknown_method
+from .exits import Broken, TimedOut
 from .values import UNPACKER_OPTIONS, InvalidValue, from_argument, from_json, to_json
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -32,9 +32,6 @@ lacks, in parameters and in results:
 
 # Its number: `sys.stdout` may be None.
 _STDOUT = 1
-
-# Whatever follows the first argument is one, too: -1 and --x are parameters.
-_OPTIONS_FIRST = {"allow_interspersed_args": False, "show_default": True}
 
 
 def _request(command: C) -> C:
@@ -56,7 +53,7 @@ def _request(command: C) -> C:
     return command
 
 
-@click.command(context_settings=_OPTIONS_FIRST, epilog=FORMS)
+@click.command(context_settings=OPTIONS_FIRST, epilog=FORMS)
 @click.option("--timeout", type=parameters.seconds, metavar="SECONDS", help="Time for the answer; no limit by default.")
 @click.option(
     "--max-message-size",
@@ -80,18 +77,17 @@ def call(
     ADDRESS is HOST:PORT or unix:PATH. Options come before it; everything after METHOD is a parameter, -1 too.
     """
     values = _values_of(method, params, data)
-    client = Client(
+    with asking(
         address,
         timeout=timeout,
         connect_timeout=connect_timeout,
-        retry_interval=None,  # Whoever sits there wants to know.
         max_message_size=max_message_size,
         unpacker_options=UNPACKER_OPTIONS,
-    )
-    _silence_log()
-    with call_errors():
-        result = client.call(method, *values)
-        client.close()
+    ) as client:
+        try:
+            result = client.call(method, *values)
+        except MethodNotFound as exc:
+            raise unknown_method(client, method) from exc
     try:
         text = to_json(result, indent=2 if os.isatty(_STDOUT) else None)
     except InvalidValue as exc:
@@ -99,7 +95,7 @@ def call(
     click.echo(text.encode())  # JSON is UTF-8, whatever the locale.
 
 
-@click.command(context_settings=_OPTIONS_FIRST, epilog=FORMS)
+@click.command(context_settings=OPTIONS_FIRST, epilog=FORMS)
 @click.option("--timeout", type=parameters.seconds, metavar="SECONDS", help="Time to send it; no limit by default.")
 @_request
 def notify(
@@ -117,9 +113,7 @@ def notify(
     ADDRESS is HOST:PORT or unix:PATH. Options come before it; everything after METHOD is a parameter, -1 too.
     """
     values = _values_of(method, params, data)
-    client = Client(address, connect_timeout=connect_timeout, retry_interval=None)
-    _silence_log()
-    with call_errors():
+    with asking(address, connect_timeout=connect_timeout) as client:
         client.notify(method, *values)
         connection = client.connection
         assert connection is not None
@@ -129,7 +123,6 @@ def notify(
             raise TimedOut(f"not sent within {timeout:g} s; --timeout gives it longer")
         if connection.error is not None:
             raise connection.error
-        client.close()
 
 
 def _values_of(method: str, params: Sequence[str], data: str | None) -> list[Any]:
@@ -163,8 +156,3 @@ def _read(name: str) -> str:
             return bytes(file.read()).decode("utf-8-sig")
     except OSError as exc:
         raise click.BadParameter(f"can't read {name}: {exc.strerror}.", param_hint="--data") from exc
-
-
-def _silence_log() -> None:
-    """Have what goes wrong told once: by the line that the command ends with."""
-    logging.getLogger("gmprpc").addHandler(logging.NullHandler())

@@ -14,13 +14,14 @@ from gmprpc.transport import parse_address
 
 from .call import call, notify
 from .exits import ExitCode, Misuse
+from .inspection import describe, health, list_
 from .serve import serve
 
 EXIT_CODES = """
 \b
 Exit codes:
   0  ok
-  1  the peer answered an error
+  1  the peer answered an error, or isn't serving
   2  wrong usage
   3  can't connect, listen or load
   4  timed out
@@ -73,3 +74,6 @@ def main() -> None:
 main.add_command(serve)
 main.add_command(call)
 main.add_command(notify)
+main.add_command(list_)
+main.add_command(describe)
+main.add_command(health)

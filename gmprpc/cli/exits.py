@@ -88,5 +88,9 @@ def _text_of(error: Any) -> str:
             return to_json(error)
         except InvalidValue as exc:
             return f"an error that can't be shown: {exc}"
-    # Nothing that a terminal would act on.
-    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in error)
+    return printable(error)
+
+
+def printable(text: str, *, but: str = "\n\t") -> str:
+    """``text`` without anything that a terminal would act on, ``but`` what is allowed."""
+    return "".join(char if char.isprintable() or char in but else ascii(char)[1:-1] for char in text)
