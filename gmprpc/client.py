@@ -344,10 +344,12 @@ class Client:
 
     def is_worth_another_try(self, failure: BaseException) -> bool:
         """Whether what :meth:`open_stream` has raised may be otherwise next time: a server may come back."""
-        # What a hook raises is no ConnectFailed.
-        return isinstance(failure, ConnectFailed) and not isinstance(
-            failure.__cause__, (ssl.SSLCertVerificationError, PermissionError)
-        )
+        if not isinstance(failure, ConnectFailed):  # A hook's.
+            return False
+        cause = failure.__cause__
+        # What TLS doesn't agree on it won't next time; unless a server broke off because it was stopped just then.
+        was_cut = isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+        return was_cut or not isinstance(cause, (ssl.SSLError, PermissionError))
 
     def report(self, exc: Exception) -> None:
         """Tell the hook that no connection could be made, or that one was lost."""

@@ -967,7 +967,7 @@ def test_calls_end_with_a_server_that_ends(
 
 
 def test_a_server_that_goes_amid_the_handshake_is_no_server(listener: Any, client_context: ssl.SSLContext) -> None:
-    client = gmprpc.Client(listener.getsockname(), **options_of(client_context))
+    client = gmprpc.Client(listener.getsockname(), retry_interval=None, **options_of(client_context))
     calling = client.call_async("echo", 1)
     accepted, _ = listener.accept()
     with accepted:
@@ -993,7 +993,7 @@ def test_a_tls_client_at_a_plain_port_is_told_and_costs_one_line(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    client = gmprpc.Client(plain_server.address, **options_of(client_context))
+    client = gmprpc.Client(plain_server.address, retry_interval=None, **options_of(client_context))
     with pytest.raises(gmprpc.ConnectFailed, match="TLS handshake failed: ") as caught:
         client.call("echo", 1)
     tls_error_of(caught.value)
