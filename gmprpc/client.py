@@ -326,7 +326,7 @@ class Client:
                 try:
                     if self._after_connect is not None:
                         self._after_connect(self, sock)
-                    stream = PlainStream(sock)
+                    stream = PlainStream(sock, write_timeout=self._options.connection.write_timeout)
                 finally:
                     sock.close()  # Unless the stream has taken it over.
                 if self._ssl_context is None:

@@ -372,7 +372,7 @@ class Server(Registry):
         peer = peer_of(socket, address)
         if self._on_accept is not None and self._run_hook(self._on_accept, socket, address, failed=False) is False:
             return
-        plain = PlainStream(socket)
+        plain = PlainStream(socket, write_timeout=self._options.write_timeout)
         self._arrivals[socket] = plain.abandon
         stream: Stream = plain
         if self._ssl_context is not None:

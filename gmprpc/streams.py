@@ -18,6 +18,7 @@ from gevent import monkey
 from gevent.socket import wait_read, wait_write
 
 from .exceptions import ConnectionClosed
+from .options import WRITE_TIMEOUT
 
 # How much is read at once: a message of 64 KiB shall come in one piece.
 _READ_SIZE = 256 * 1024
@@ -44,6 +45,19 @@ _TALK_SIZE = 64 * 1024
 _FAREWELL_TIMEOUT = 2.0
 # How often it looks meanwhile whether the peer's system has got them. Picked arbitrarily.
 _POLL_INTERVAL = 0.01
+
+# A peer that vanishes without a word, with its machine or its network, is asked for after so many seconds of silence,
+# then so often, and given up after so many questions in vain. Linux's own two hours are of 1989 (RFC 1122); Go's net
+# asks every 15 s, and NAT devices may forget a connection after a few silent minutes.
+_KEEPALIVE = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPALIVE": 30,  # macOS's name for it.
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 6,
+}
+# For how long, at least, what was sent may go unacknowledged. The system sends it again after a second at most, and
+# then after two (RFC 6298): one packet that is lost shouldn't be the end, and some systems put an acknowledgement off.
+_MIN_USER_TIMEOUT = 3.0
 
 #: The class that gevent's and the standard library's sockets wrap: here nothing may wait behind our back.
 RawSocket: type[stdlib_socket.socket] = monkey.get_original("socket", "socket")
@@ -91,8 +105,12 @@ class PlainStream:
 
     is_amid_record = False
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, *, write_timeout: float | None = WRITE_TIMEOUT) -> None:
         """Take the descriptor over from ``sock``, which is detached.
+
+        Over TCP, what the peer's system doesn't acknowledge within ``write_timeout`` seconds, None for as long as the
+        system likes, breaks the stream. On a socket whose owner has turned keepalive on, or has set that timeout, they
+        stay as they are.
 
         Raises:
             TypeError: ``sock`` does TLS on its own; see :class:`TLSStream`.
@@ -104,9 +122,7 @@ class PlainStream:
         self._socket.setblocking(False)
         self._is_tcp = family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6)
         if self._is_tcp:
-            with suppress(OSError):  # It may be gone already: the first read tells.
-                self._socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
-                self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
+            _set_up_tcp(self._socket, write_timeout)
         self._buffer = _buffer_of(gevent.get_hub())
         self._recv, self._recv_into = self._socket.recv, self._socket.recv_into
         self._expects_much = False
@@ -362,6 +378,23 @@ class TLSStream:
         except BlockingIOError:
             return False
         return True
+
+
+def _set_up_tcp(sock: stdlib_socket.socket, write_timeout: float | None) -> None:
+    """Have ``sock`` send at once, and notice when the peer is gone."""
+    tcp = stdlib_socket.IPPROTO_TCP
+    with suppress(OSError):  # It may be gone already: the first read tells.
+        sock.setsockopt(tcp, stdlib_socket.TCP_NODELAY, 1)
+        if not sock.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE):
+            for name, value in _KEEPALIVE.items():
+                if (option := getattr(stdlib_socket, name, None)) is not None:
+                    sock.setsockopt(tcp, option, value)
+            sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
+        option = getattr(stdlib_socket, "TCP_USER_TIMEOUT", None)  # Linux has it.
+        if option is not None and write_timeout is not None and not sock.getsockopt(tcp, option):
+            # It also is for how long Linux goes on asking after a silent peer, in place of a number of questions.
+            timeout = max(write_timeout, _MIN_USER_TIMEOUT)
+            sock.setsockopt(tcp, option, int(min(timeout * 1000, 2**31 - 1)))
 
 
 _buffers: weakref.WeakKeyDictionary[Any, memoryview] = weakref.WeakKeyDictionary()

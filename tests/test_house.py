@@ -33,7 +33,6 @@ FLOORS: dict[str, int] = {
     "methods": 2,
     "transport": 2,
     "reply": 1,
-    "options": 1,
     "metrics": 1,
     "sweeper": 1,
     "deadline": 1,
@@ -42,6 +41,7 @@ FLOORS: dict[str, int] = {
     "streams": 1,
     "log": 0,
     "tls": 1,
+    "options": 0,
     "exceptions": 0,
 }
 

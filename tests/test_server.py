@@ -374,3 +374,21 @@ def test_a_callback_of_a_notification_has_no_reply(service: gmprpc.Service, peer
     peer.send([2, "log", ["hello"]])
     assert peer.call("echo", 1) == [1, 0, None, 1]
     assert replies == [(None, "hello")]
+
+
+# Peers that vanish.
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="a system without this option")
+def test_what_either_side_sends_has_to_be_acknowledged_within_its_write_timeout(service: gmprpc.Service) -> None:
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, write_timeout=7) as server,
+        gmprpc.Client(server.address, write_timeout=8) as client,
+    ):
+        assert client.call("echo", 1) == 1
+        timeouts = []
+        for connection in (*server.connections, client.connection):
+            assert connection is not None
+            with socket.socket(fileno=os.dup(connection._stream.fileno())) as same:
+                timeouts.append(same.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        assert timeouts == [7_000, 8_000]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket as stdlib_socket
 import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +107,85 @@ def test_closing_tells_the_peer_though_another_process_has_the_socket_too(ours: 
         os.close(held)
 
 
+@contextmanager
+def same_socket(stream: PlainStream) -> Iterator[stdlib_socket.socket]:
+    """The socket of ``stream``, for a look at its options."""
+    with stdlib_socket.socket(fileno=os.dup(stream.fileno())) as same:
+        yield same
+
+
+TCP = stdlib_socket.IPPROTO_TCP
+on_linux = pytest.mark.skipif(not hasattr(stdlib_socket, "TCP_USER_TIMEOUT"), reason="a system without these options")
+
+
 def test_a_tcp_stream_sends_at_once_and_notices_when_the_peer_is_gone(tcp_sockets: tuple[Any, Any]) -> None:
-    fd = tcp_sockets[0].fileno()
     stream = PlainStream(tcp_sockets[0])
-    with stdlib_socket.socket(fileno=os.dup(fd)) as same:
-        assert same.getsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY)
+    with same_socket(stream) as same:
+        assert same.getsockopt(TCP, stdlib_socket.TCP_NODELAY)
         assert same.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE)
+    stream.close()
+
+
+@on_linux
+def test_the_peer_is_asked_for_after_half_a_minute_of_silence(tcp_sockets: tuple[Any, Any]) -> None:
+    stream = PlainStream(tcp_sockets[0])
+    with same_socket(stream) as same:
+        assert same.getsockopt(TCP, stdlib_socket.TCP_KEEPIDLE) == 30
+        assert same.getsockopt(TCP, stdlib_socket.TCP_KEEPINTVL) == 10
+        assert same.getsockopt(TCP, stdlib_socket.TCP_KEEPCNT) == 6
+    stream.close()
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "write_timeout, milliseconds",
+    [(60.0, 60_000), (3600, 3_600_000), (0.05, 3_000), (float("inf"), 2**31 - 1), (None, 0)],
+)
+def test_what_is_sent_has_to_be_acknowledged_within_the_write_timeout(
+    tcp_sockets: tuple[Any, Any], write_timeout: float | None, milliseconds: int
+) -> None:
+    stream = PlainStream(tcp_sockets[0], write_timeout=write_timeout)
+    with same_socket(stream) as same:
+        assert same.getsockopt(TCP, stdlib_socket.TCP_USER_TIMEOUT) == milliseconds
+    stream.close()
+
+
+@on_linux
+def test_times_that_the_owner_of_the_socket_has_chosen_stay(tcp_sockets: tuple[Any, Any]) -> None:
+    sock = tcp_sockets[0]
+    sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(TCP, stdlib_socket.TCP_KEEPIDLE, 7)
+    sock.setsockopt(TCP, stdlib_socket.TCP_USER_TIMEOUT, 4_321)
+    stream = PlainStream(sock)
+    with same_socket(stream) as same:
+        assert same.getsockopt(TCP, stdlib_socket.TCP_KEEPIDLE) == 7
+        assert same.getsockopt(TCP, stdlib_socket.TCP_USER_TIMEOUT) == 4_321
+        assert same.getsockopt(TCP, stdlib_socket.TCP_NODELAY)
+    stream.close()
+
+
+def test_a_system_without_these_options_does_without(
+    tcp_sockets: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+        monkeypatch.delattr(stdlib_socket, name, raising=False)
+    stream = PlainStream(tcp_sockets[0])
+    with same_socket(stream) as same:
+        assert same.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE)
+    stream.close()
+
+
+def test_a_socket_that_refuses_its_options_is_a_stream_still(
+    tcp_sockets: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(stdlib_socket.socket):
+        def setsockopt(self, *_: Any) -> None:  # As on macOS, when the peer is gone.
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(streams, "RawSocket", Broken)
+    stream = PlainStream(tcp_sockets[0])
+    tcp_sockets[1].sendall(b"hello")
+    assert receive(stream) == b"hello"
     stream.close()
 
 
