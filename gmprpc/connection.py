@@ -851,7 +851,7 @@ class Connection:
         if sent or not self._write_deadline.is_set:
             self._write_deadline.put_off()
         if self._write_watcher is None:
-            self._write_watcher = self._loop.io(self._stream.fileno(), _WRITE)
+            self._write_watcher = self._loop.io(self._stream.write_fileno(), _WRITE)
             self._write_watcher.start(self._on_writable)
 
     def _on_writable(self) -> None:

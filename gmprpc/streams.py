@@ -71,7 +71,10 @@ class Stream(Protocol):
         """True when a part of something has come that gives no bytes until the rest of it is there."""
 
     def fileno(self) -> int:
-        """The descriptor to watch, the same one for reading and writing."""
+        """The descriptor to watch for something to read."""
+
+    def write_fileno(self) -> int:
+        """The descriptor to watch for room to write, which may be the same one."""
 
     def recv(self) -> bytes:
         """The bytes that are there, at least one and not too many at once; ``b""`` at the end of the stream.
@@ -126,7 +129,7 @@ class PlainStream:
         self._buffer = _buffer_of(gevent.get_hub())
         self._recv, self._recv_into = self._socket.recv, self._socket.recv_into
         self._expects_much = False
-        self.fileno = self._socket.fileno
+        self.fileno = self.write_fileno = self._socket.fileno
         self.send = self._socket.send
 
     def recv(self) -> bytes:
@@ -144,7 +147,7 @@ class PlainStream:
 
     def finish(self, data: bytes, *, linger: bool) -> None:
         try:
-            with suppress(OSError), _farewell_time():
+            with suppress(OSError), farewell_time():
                 send_all(self, data)
                 self._socket.shutdown(stdlib_socket.SHUT_WR)
                 while linger and _recv_waiting(self):
@@ -216,6 +219,7 @@ class TLSStream:
         self._header = b""
         self._record_left = 0
         self.fileno = stream.fileno
+        self.write_fileno = stream.write_fileno
 
     def handshake(self) -> None:
         """Agree on the keys; blocks this greenlet, has no deadline of its own.
@@ -317,7 +321,7 @@ class TLSStream:
 
     def finish(self, data: bytes, *, linger: bool) -> None:
         try:
-            with suppress(OSError), _farewell_time():
+            with suppress(OSError), farewell_time():
                 send_all(self, data)
                 send_all(self._stream, self._encrypted)  # What `recv` had to say and couldn't.
                 with suppress(ssl.SSLError):
@@ -423,10 +427,10 @@ def send_all(stream: Stream, data: bytes | memoryview) -> None:
         try:
             view = view[stream.send(view) :]
         except BlockingIOError:
-            wait_write(stream.fileno())
+            wait_write(stream.write_fileno())
 
 
-def _farewell_time() -> gevent.Timeout:
+def farewell_time() -> gevent.Timeout:
     """Ends a ``with`` block quietly when the time for last words is over; a time-out of the caller's goes through."""
     return gevent.Timeout(_FAREWELL_TIMEOUT, False)  # type: ignore[arg-type]  # The stubs don't know of False.
 

@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "protocol": 2,
     "methods": 2,
     "transport": 2,
+    "pipes": 2,
     "reply": 1,
     "metrics": 1,
     "sweeper": 1,
