@@ -268,6 +268,19 @@ class Server(Registry):
             timeout = 0
         self.stop(timeout)
 
+    def serve_stream(self, stream: Stream, peer: Any = None) -> Exception | None:
+        """Serve ``stream``, which is connected already, until its peer is done and everything is answered.
+
+        Blocks this greenlet; :meth:`stop` ends it. The server need not be started, so its listener may be None, and
+        doesn't call ``on_accept``. ``peer`` says who is at the other end. Returns what was wrong with the end, None
+        where it was in good order.
+        """
+        self._hub = gevent.get_hub()
+        _servers.add(self)
+        life = self._greenlets.spawn(lambda: self._live(self._connection_on(stream, peer)))
+        error: Exception | None = life.get()
+        return error
+
     def close(self) -> None:
         """Close the listener: no new connections. Those that are there live on."""
         if self._acceptor is None:
@@ -385,20 +398,30 @@ class Server(Registry):
             except BaseException:  # Killed by `stop`.
                 plain.close()
                 raise
-        connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
-        life: Any = gevent.getcurrent()
-        self._connections[life] = connection
+        connection = self._connection_on(stream, peer)
         del self._arrivals[socket]
+        self._live(connection)
+
+    def _connection_on(self, stream: Stream, peer: Any) -> Connection:
+        connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
+        self._connections[gevent.getcurrent()] = connection
+        return connection
+
+    def _live(self, connection: Connection) -> Exception | None:
+        """Carry the connection of this greenlet through to its end; returns what was wrong with that."""
         if self._is_stopping:
             connection.finish()
         try:
             error = connection.run()
         finally:
-            self._connections.pop(life, None)  # In a process that was forked off it isn't there any more.
+            self._connections.pop(
+                gevent.getcurrent(), None
+            )  # In a process that was forked off it isn't there any more.
         if error is not None and self._on_error is not None:
             self._run_hook(self._on_error, connection, error)
         elif error is None and self._on_eof is not None:
             self._run_hook(self._on_eof, connection)
+        return error
 
     def _shake_hands(self, stream: PlainStream, context: ssl.SSLContext) -> TLSStream:
         tls = TLSStream(stream, context, server_side=True)

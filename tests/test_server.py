@@ -17,6 +17,7 @@ from gevent.event import Event
 from gevent.server import StreamServer
 
 import gmprpc
+from gmprpc.streams import PlainStream
 
 from .helpers import Peer, wait_until
 
@@ -374,6 +375,49 @@ def test_a_callback_of_a_notification_has_no_reply(service: gmprpc.Service, peer
     peer.send([2, "log", ["hello"]])
     assert peer.call("echo", 1) == [1, 0, None, 1]
     assert replies == [(None, "hello")]
+
+
+# A stream that is there already.
+
+
+def test_a_stream_is_served_until_its_peer_is_done(service: gmprpc.Service, sockets: tuple[Any, Any]) -> None:
+    ends: list[Any] = []
+    server = gmprpc.Server(None, service, on_eof=lambda connection: ends.append(connection.peer))
+    serving = gevent.spawn(server.serve_stream, PlainStream(sockets[0]), "somebody")
+    peer = Peer(sockets[1])
+    assert peer.call("echo", 1) == [1, 0, None, 1]
+    peer.send([0, 1, "hold", [1]])
+    peer.shutdown()
+    wait_until(lambda: server.statistics()["in_flight"] == 1)
+    assert not serving.ready()
+    service.methods["release"]()
+    assert peer.receive_rest() == [[1, 1, None, 1]]
+    assert serving.get() is None
+    assert ends == ["somebody"]
+
+
+def test_a_stream_is_served_until_the_server_is_stopped(service: gmprpc.Service, sockets: tuple[Any, Any]) -> None:
+    server = gmprpc.Server(None, service)
+    serving = gevent.spawn(server.serve_stream, PlainStream(sockets[0]))
+    peer = Peer(sockets[1])
+    peer.send([0, 1, "hold", [1]])
+    wait_until(lambda: server.statistics()["in_flight"] == 1)
+    stopping = gevent.spawn(server.stop)
+    gevent.sleep(0)
+    service.methods["release"]()
+    assert peer.receive_rest() == [[1, 1, None, 1]]
+    peer.close()
+    assert stopping.get() == 0
+    assert serving.get() is None
+
+
+def test_a_stream_that_breaks_says_why(service: gmprpc.Service, sockets: tuple[Any, Any]) -> None:
+    errors: list[Any] = []
+    server = gmprpc.Server(None, service, on_error=lambda connection, exc: errors.append(exc))
+    serving = gevent.spawn(server.serve_stream, PlainStream(sockets[0]))
+    Peer(sockets[1]).send_bytes(b"\xc1")
+    assert isinstance(serving.get(), gmprpc.ProtocolError)
+    assert errors == [serving.get()]
 
 
 # Peers that vanish.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 import gevent
+from click.core import ParameterSource
 from gevent import monkey
 from gevent.event import Event
 from gevent.pool import Group
@@ -22,17 +26,21 @@ from gmprpc.options import (
     SERVER_MAX_MESSAGE_SIZE,
     WRITE_TIMEOUT,
 )
+from gmprpc.pipes import stream_over
 from gmprpc.server import Server
+from gmprpc.streams import Stream
 from gmprpc.transport import UNIX_PREFIX, format_address
 
 from . import demo, parameters
-from .exits import Unreachable
+from .exits import Broken, Misuse, Unreachable
 from .loading import load_service
 
 logger = logging.getLogger("gmprpc.cli")
 
 #: The port of AnyEvent::MPRPC's examples.
 DEFAULT_BIND = "127.0.0.1:4423"
+
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
 def _option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -53,6 +61,11 @@ def _option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Call
     show_default=DEFAULT_BIND,
     metavar="ADDRESS",
     help="Listen on HOST:PORT, unix:PATH or fd://N; may be given several times.",
+)
+@click.option(
+    "--stdio",
+    is_flag=True,
+    help="Serve who started this program, over its standard input and output, and nobody else.",
 )
 @click.option(
     "--app-dir",
@@ -155,6 +168,7 @@ def serve(
     ctx: click.Context,
     app: str | None,
     binds: Sequence[Any],
+    stdio: bool,
     app_dir: str,
     factory: bool,
     no_patch: bool,
@@ -180,10 +194,16 @@ def serve(
 
     SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. A second SIGINT stops at
     once.
+
+    With --stdio it ends when its standard input does and everything is answered. What a method prints goes to standard
+    error then.
     """
+    if stdio and ctx.get_parameter_source("binds") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--stdio serves nobody but who started this program: there can be no --bind.")
     if not no_patch:
         # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
         monkey.patch_all()
+    descriptors = _take_standard_streams() if stdio else None  # Before the application, which may print something.
     service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
     # After the application, which may have an idea of its own; then this does nothing.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -192,21 +212,27 @@ def serve(
         "socket_user": socket_user,
         "socket_group": socket_group,
     }
+    limits: dict[str, Any] = {
+        "max_message_size": max_message_size,
+        "max_concurrency": max_concurrency,
+        "max_connections": max_connections,
+        "max_unsent_size": max_unsent_size,
+        "reply_timeout": reply_timeout,
+        "read_timeout": read_timeout,
+        "write_timeout": write_timeout,
+        "idle_timeout": idle_timeout,
+        "hide_errors": hide_errors,
+        "introspection": not no_introspection,
+    }
+    if descriptors is not None:
+        _serve_stream(Server(None, service, **limits), stream_over(*descriptors), graceful_timeout)
+        return
     servers = [
         Server(
             bind,
             service,
             **(socket_file if isinstance(bind, str) and bind.startswith(UNIX_PREFIX) else {}),
-            max_message_size=max_message_size,
-            max_concurrency=max_concurrency,
-            max_connections=max_connections,
-            max_unsent_size=max_unsent_size,
-            reply_timeout=reply_timeout,
-            read_timeout=read_timeout,
-            write_timeout=write_timeout,
-            idle_timeout=idle_timeout,
-            hide_errors=hide_errors,
-            introspection=not no_introspection,
+            **limits,
         )
         for bind in binds or [DEFAULT_BIND]
     ]
@@ -215,7 +241,48 @@ def serve(
         click.echo(f"listening on {format_address(server.address)}", err=True)
     if app is None:
         _suggest(ctx.find_root().command_path, servers[0].address)
-    _serve_until_signal(servers, graceful_timeout)
+    _serve_until(Event(), servers, graceful_timeout)
+
+
+def _take_standard_streams() -> tuple[int, int]:
+    """What to read requests from and to write answers to: descriptors of our own.
+
+    In their old places are nothing to read and standard error, so that neither a method nor a program that it runs
+    takes a request away, or gets something between the answers.
+    """
+    if sys.__stdin__ is None or sys.__stdout__ is None:  # Their numbers may be those of something else by now.
+        raise Unreachable("standard input or output is closed: there is nobody to serve.")
+    for fd, name in ((_STDIN, "input"), (_STDOUT, "output")):
+        if os.isatty(fd):
+            raise Misuse(
+                f"standard {name} is a terminal: --stdio is for a program that starts this one and speaks "
+                "MessagePack-RPC with it. Without it whoever connects is served."
+            )
+    reading, writing = os.dup(_STDIN), os.dup(_STDOUT)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    has_stderr = sys.__stderr__ is not None
+    if has_stderr and (_is_same(_STDERR, reading) or _is_same(_STDERR, writing)):
+        os.dup2(nothing, _STDERR)  # As inetd has it: the log would get between the answers.
+    os.dup2(nothing, _STDIN)
+    os.dup2(_STDERR if has_stderr else nothing, _STDOUT)
+    os.close(nothing)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # As standard error is.
+    return reading, writing
+
+
+def _is_same(fd: int, other: int) -> bool:
+    return os.path.samestat(os.fstat(fd), os.fstat(other))
+
+
+def _serve_stream(server: Server, stream: Stream, graceful_timeout: float) -> None:
+    """Serve until the stream ends or a signal comes."""
+    over = Event()
+    serving = gevent.spawn(server.serve_stream, stream, "stdio")
+    serving.rawlink(lambda _: over.set())
+    _serve_until(over, [server], graceful_timeout)
+    if (error := serving.get()) is not None:
+        raise Broken(str(error)) from error
 
 
 def _start(servers: Sequence[Server]) -> None:
@@ -244,9 +311,13 @@ def _suggest(program: str, address: Any) -> None:
     click.echo(f"    {program} call {where} sum 1 2 3", err=True)
 
 
-def _serve_until_signal(servers: Sequence[Server], graceful_timeout: float) -> None:
-    """Wait for SIGTERM or SIGINT, then stop all servers together; a second SIGINT stops them at once."""
+def _serve_until(over: Event, servers: Sequence[Server], graceful_timeout: float) -> None:
+    """Wait until it is ``over``, or for SIGTERM or SIGINT, then stop all servers together.
+
+    A second SIGINT stops them at once.
+    """
     asked = Event()
+    asked.rawlink(lambda _: over.set())
     stops = Group()
 
     def stop(signum: signal.Signals) -> None:
@@ -265,5 +336,5 @@ def _serve_until_signal(servers: Sequence[Server], graceful_timeout: float) -> N
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(signum, stop, signum)
-    asked.wait()
+    over.wait()
     stops.join()

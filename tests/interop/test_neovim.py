@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -216,6 +217,15 @@ def test_server_sees_that_neovim_closes_its_channel(client: gmprpc.Client, serve
     client.call("nvim_call_function", "chanclose", [channel])
     assert connection.wait(DEADLINE)
     assert connection.error is None
+
+
+def test_neovim_starts_a_program_and_calls_it(client: gmprpc.Client) -> None:
+    program = [sys.executable, "-P", "-m", "gmprpc", "serve", "--stdio"]
+    channel = client.call("nvim_call_function", "jobstart", [program, {"rpc": True}])
+    assert client.call("nvim_call_function", "rpcrequest", [channel, "sum", 1, 2, 3]) == 6
+    assert client.call("nvim_call_function", "rpcrequest", [channel, "echo", "x" * 300_000]) == "x" * 300_000
+    client.call("nvim_call_function", "chanclose", [channel])
+    assert client.call("nvim_call_function", "jobwait", [[channel], int(DEADLINE * 1000)]) == [0]
 
 
 def test_neovim_tells_what_changes_in_a_buffer(client: gmprpc.Client, service: gmprpc.Service) -> None:
