@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+
+from gevent import monkey
 
 from .streams import PlainStream, RawSocket, Stream, farewell_time, send_all
 
 # How much is read at once: what a pipe of Linux holds, and a message of 64 KiB.
 _READ_SIZE = 64 * 1024
+
+#: Closes at once. (What gevent puts in the place of `os.close` does it when the loop has next woken up, so that nobody
+#: is told of the end until something else happens.)
+close_descriptor: Callable[[int], None] = monkey.get_original("os", "close")
 
 
 class PipeStream:
@@ -65,7 +72,7 @@ class PipeStream:
         descriptors = {self._reading, self._writing} - {-1}
         self._reading = self._writing = -1
         for fd in descriptors:
-            os.close(fd)
+            close_descriptor(fd)
 
 
 def stream_over(reading: int, writing: int) -> Stream:
@@ -76,6 +83,6 @@ def stream_over(reading: int, writing: int) -> Stream:
     status = os.fstat(reading)
     if stat.S_ISSOCK(status.st_mode) and os.path.samestat(status, os.fstat(writing)):
         if reading != writing:
-            os.close(writing)
+            close_descriptor(writing)
         return PlainStream(RawSocket(fileno=reading))
     return PipeStream(reading, writing)

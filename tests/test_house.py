@@ -29,6 +29,7 @@ FLOORS: dict[str, int] = {
     "acceptor": 3,
     "heartbeat": 3,
     "dialing": 3,
+    "children": 3,
     "protocol": 2,
     "methods": 2,
     "transport": 2,
