@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -23,6 +24,26 @@ _REAPING_TIMEOUT = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
+class Command:
+    """A program to start and to speak with, where others have an address to connect to."""
+
+    def __init__(self, command: Any, popen_options: Mapping[str, Any]) -> None:
+        """See :func:`start`; raises ValueError like it, and for no command at all."""
+        if not command:
+            raise ValueError("there is no command")
+        _check(popen_options)
+        self._command = command
+        self._popen_options = dict(popen_options)
+
+    def start(self) -> Child:
+        """Start it; raises OSError if that can't be."""
+        return start(self._command, **self._popen_options)
+
+    def __str__(self) -> str:
+        words = [self._command] if isinstance(self._command, (str, bytes, os.PathLike)) else self._command
+        return shlex.join(map(os.fsdecode, words))
+
+
 def start(command: Any, **popen_options: Any) -> Child:
     """Start ``command`` with pipes for its standard input and output; the other ends are the ``stream`` of the result.
 
@@ -34,8 +55,7 @@ def start(command: Any, **popen_options: Any) -> Child:
         OSError: it can't be started.
         ValueError: the options would take its standard input or output away from the stream.
     """
-    if {"stdin", "stdout"} & popen_options.keys() or popen_options.get("stderr") == subprocess.STDOUT:
-        raise ValueError("stdin and stdout are what is spoken over: only stderr may go elsewhere")
+    _check(popen_options)
     with ExitStack() as childs, ExitStack() as ours:
         stdin, writing = os.pipe()
         childs.callback(close_descriptor, stdin)
@@ -46,6 +66,11 @@ def start(command: Any, **popen_options: Any) -> Child:
         process = subprocess.Popen(command, stdin=stdin, stdout=stdout, **popen_options)
         ours.pop_all()
     return Child(process, PipeStream(reading, writing))
+
+
+def _check(popen_options: Mapping[str, Any]) -> None:
+    if {"stdin", "stdout"} & popen_options.keys() or popen_options.get("stderr") == subprocess.STDOUT:
+        raise ValueError("stdin and stdout are what is spoken over: only stderr may go elsewhere")
 
 
 class Child:

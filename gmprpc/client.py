@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Callable, Mapping
+from subprocess import Popen
 from typing import Any, Self
 
 import gevent
 from gevent import GreenletExit
 
+from .children import Child, Command
 from .connection import Connection
 from .dialing import connect
 from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed
@@ -120,12 +122,17 @@ class Client:
         reuse_greenlets: bool = True,
     ) -> None:
         check_timeout("timeout", timeout)
-        #: Where the server is: ``(host, port)`` or ``"unix:/path"``.
-        self.address = parse_address(address)
+        #: Where the server is: ``(host, port)`` or ``"unix:/path"``; what is started, for one made by :meth:`popen`.
+        self.address = address if isinstance(address, Command) else parse_address(address)
         if server_hostname is None and isinstance(self.address, tuple):
             server_hostname = self.address[0]
         if ssl_context is not None and ssl_context.check_hostname and not server_hostname:
             raise ValueError("server_hostname: the name to find in the server's certificate has to be given")
+        if isinstance(address, Command) and (ssl_context or before_connect or after_connect):
+            raise ValueError("there is no socket to a child process: neither hooks that see it nor TLS")
+        self._child: Child | None = None
+        self._child_hub: Any = None  # Of the thread that speaks with it.
+        self._may_start = True
         #: Seconds that one attempt to connect may take.
         self.connect_timeout = connect_timeout
         #: Seconds to wait for an answer, where a call doesn't say.
@@ -164,6 +171,22 @@ class Client:
         self._links: PerHub[Link] = PerHub(self._new_link)
         #: True from :meth:`close` on until :meth:`connect`.
         self.is_closed = False
+
+    @classmethod
+    def popen(cls, command: Any, *, popen_options: Mapping[str, Any] | None = None, **options: Any) -> Self:
+        """A client of a child process, which is spoken to over its standard input and output.
+
+        ``command`` and ``popen_options`` (``env``, ``cwd``, ``stderr``) are those of :class:`subprocess.Popen`,
+        ``options`` the client's. Its standard error is this process's, unless the options say otherwise.
+
+        The process is started with the first call, or by :meth:`connect`. When it has ended calls raise ConnectFailed,
+        and aren't carried out by another one that doesn't know what it knew: :meth:`connect` starts one. :meth:`close`
+        ends its standard input, waits two seconds for it, and then sends SIGTERM and at last SIGKILL.
+
+        Raises:
+            ValueError: the options would take its standard input or output away, or are for sockets.
+        """
+        return cls(Command(command, popen_options or {}), **options)
 
     # Calling.
 
@@ -252,6 +275,7 @@ class Client:
             ConnectFailed: nobody answers, and didn't within ``connect_timeout``.
         """
         self.is_closed = False
+        self._may_start = True
         self._links.get().connect()
         return self
 
@@ -269,6 +293,12 @@ class Client:
             if link is not own:
                 link.close_from_elsewhere()
         own.close()
+        self.let_go()
+
+    @property
+    def process(self) -> Popen[Any] | None:
+        """The process of a client that was made by :meth:`popen`, once it has been started."""
+        return None if self._child is None else self._child.process
 
     @property
     def is_connected(self) -> bool:
@@ -315,6 +345,8 @@ class Client:
         Raises:
             ConnectFailed: there is none to be had, or not within ``connect_timeout``.
         """
+        if isinstance(self.address, Command):
+            return self._start(self.address)
         where = format_address(self.address)
         stream: PlainStream | None = None
         late = ConnectFailed(f"can't connect to {where}: no connection within {self.connect_timeout} s")
@@ -342,14 +374,34 @@ class Client:
                 raise ConnectFailed(f"can't connect to {where}: {exc}") from (exc.__cause__ or exc)
             raise
 
+    def _start(self, command: Command) -> Stream:
+        if not self._may_start:
+            assert self._child is not None
+            if self._child_hub is not gevent.get_hub():
+                raise ConnectFailed(f"{command} is spoken with in another thread")
+            self.let_go()  # To know how it ended.
+            raise ConnectFailed(f"{command} {self._child.status}; connect() starts it anew")
+        try:
+            self._child = command.start()
+        except OSError as exc:
+            raise ConnectFailed(f"can't start {command}: {exc.strerror or exc}") from exc
+        self._may_start = False
+        self._child_hub = gevent.get_hub()
+        return self._child.stream
+
     def is_worth_another_try(self, failure: BaseException) -> bool:
         """Whether what :meth:`open_stream` has raised may be otherwise next time: a server may come back."""
-        if not isinstance(failure, ConnectFailed):  # A hook's.
-            return False
+        if not isinstance(failure, ConnectFailed) or isinstance(self.address, Command):
+            return False  # What a hook has raised, or a program that there isn't.
         cause = failure.__cause__
         # What TLS doesn't agree on it won't next time; unless a server broke off because it was stopped just then.
         was_cut = isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
         return was_cut or not isinstance(cause, (ssl.SSLError, PermissionError))
+
+    def let_go(self) -> None:
+        """See to it that a child process has ended, when its stream is closed."""
+        if self._child is not None:
+            self._child.end()
 
     def report(self, exc: Exception) -> None:
         """Tell the hook that no connection could be made, or that one was lost."""

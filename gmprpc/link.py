@@ -51,6 +51,9 @@ class Owner(Protocol):
     def is_worth_another_try(self, failure: BaseException) -> bool:
         """Whether what `open_stream` has raised may be otherwise next time."""
 
+    def let_go(self) -> None:
+        """A connection is over and its stream is closed; may block the greenlet."""
+
     def report(self, exc: Exception) -> None:
         """Tell whoever wants to know that there is no connection any more, or yet; may block the greenlet."""
 
@@ -341,6 +344,7 @@ class Link:
         finally:
             if heartbeat is not None:
                 heartbeat.stop()
+            self._owner.let_go()
         if connection is self.connection and self._is_wanted():
             self._want_connection()
         if error is not None:

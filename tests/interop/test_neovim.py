@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +228,23 @@ def test_neovim_starts_a_program_and_calls_it(client: gmprpc.Client) -> None:
     assert client.call("nvim_call_function", "rpcrequest", [channel, "echo", "x" * 300_000]) == "x" * 300_000
     client.call("nvim_call_function", "chanclose", [channel])
     assert client.call("nvim_call_function", "jobwait", [[channel], int(DEADLINE * 1000)]) == [0]
+
+
+def test_neovim_is_started_and_called_over_its_standard_streams_and_calls_back(
+    require_peer: Callable[[str, Any], None], service: gmprpc.Service, tmp_path: Path
+) -> None:
+    nvim = shutil.which("nvim")
+    require_peer("Neovim (nvim)", nvim)
+    env = {**os.environ, "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path), "LC_ALL": "C.UTF-8"}
+    command = [nvim, "--clean", "-n", "--embed", "--headless"]
+    with gmprpc.Client.popen(command, popen_options={"env": env}, service=service, timeout=DEADLINE) as client:
+        assert client.call("nvim_eval", "6 * 7") == 42
+        channel, _ = client.call("nvim_get_api_info")
+        assert client.call("nvim_call_function", "rpcrequest", [channel, "add", 1, 2]) == 3
+        with pytest.raises(gmprpc.ConnectionClosed):
+            client.call("nvim_command", "cquit 5")
+        with pytest.raises(gmprpc.ConnectFailed, match="exited with status 5"):
+            client.call("nvim_eval", "1")
 
 
 def test_neovim_tells_what_changes_in_a_buffer(client: gmprpc.Client, service: gmprpc.Service) -> None:
