@@ -60,6 +60,10 @@ class PerHub(Generic[T]):
         except KeyError:
             return self._made_for(hub)
 
+    def peek(self) -> T | None:
+        """That of the calling thread's hub, if it has one already."""
+        return self._of_hub.get(get_hub())
+
     def all(self) -> list[T]:
         """Those of all hubs, this thread's and others'."""
         return list(self._of_hub.values())

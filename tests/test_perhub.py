@@ -61,9 +61,10 @@ def per_hub() -> Iterator[PerHub[Resident]]:
 
 
 def test_each_hub_has_its_own(per_hub: PerHub[Resident]) -> None:
+    assert per_hub.peek() is None
     here = per_hub.get()
     assert here.hub is gevent.get_hub()
-    assert per_hub.get() is here
+    assert per_hub.get() is per_hub.peek() is here
     assert gevent.spawn(per_hub.get).get() is here
 
     def twice() -> tuple[Resident, Resident, list[Resident]]:
