@@ -4,6 +4,7 @@ See the README for how to use it, https://github.com/msgpack-rpc/msgpack-rpc/blo
 """
 
 from . import tls
+from .balancer import Balancer
 from .client import Client, Proxy, mprpc_client
 from .connection import Call, Connection, current_call
 from .exceptions import (
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyAnswered",
+    "Balancer",
     "Call",
     "CallCancelled",
     "CallTimeout",

@@ -102,7 +102,7 @@ class CallTimeout(RPCError, TimeoutError):
         self.method = method
         #: Seconds that the caller was ready to wait.
         self.timeout = timeout
-        #: Whose timeout that was: ``"call"``, given with the call, or ``"client"``, the client's default.
+        #: Whose timeout that was: ``"call"``, given with the call, or ``"client"`` or ``"balancer"``, their default.
         self.which = which
         #: False when no byte of the request can have reached the peer, so that it is safe to call again.
         self.sent = sent
