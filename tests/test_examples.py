@@ -81,6 +81,10 @@ def test_client() -> None:
         assert output_of("client.py", address) == ["hello", "6", "[0, 2, 4, 6, 8]"]
 
 
+def test_balancer() -> None:
+    assert output_of("balancer.py") == ["first second", "second", "first is back"]
+
+
 def test_deferred_reply() -> None:
     with serving("deferred_reply.py", ANY_PORT) as address, client_of(address) as first, client_of(address) as second:
         first.notify("next_event")
