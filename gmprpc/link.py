@@ -233,7 +233,8 @@ class Link:
 
     def _may_go_again(self, connection: Connection, closed: ConnectionClosed, is_idempotent: bool) -> bool:
         """Whether a call that ended with ``closed`` on ``connection`` may go another way."""
-        if self._owner.is_closed or self._is_abandoned or connection.is_given_up:
+        # An open connection has nothing to do with it: that is what somebody's gevent.Timeout has raised.
+        if connection.is_open or connection.is_given_up or self._owner.is_closed or self._is_abandoned:
             return False
         if closed.sent and is_idempotent:
             self._counters.resent_requests += 1

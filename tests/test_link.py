@@ -398,6 +398,17 @@ def test_a_call_that_is_given_up_is_cancelled_at_the_server_where_that_is_asked_
     assert client.statistics()["pending"] == 0
 
 
+def test_a_time_out_of_gevents_that_raises_what_a_lost_connection_does_is_still_one(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    client.connect()
+    peer = scripted.accept()
+    with pytest.raises(gmprpc.ConnectFailed, match="mine"), gevent.Timeout(0.01, gmprpc.ConnectFailed("mine")):
+        client.call("m")
+    client.notify("marker")
+    assert [peer.receive()[-2] for _ in range(2)] == ["m", "marker"]
+
+
 def test_cancelling_a_call_on_a_connection_that_has_gone_tells_nobody(
     scripted: Scripted, client: gmprpc.Client
 ) -> None:
