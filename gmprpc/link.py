@@ -329,7 +329,13 @@ class Link:
         self._lives[life] = connection
         life.rawlink(self._lives.pop)
         connection.calls.on_room = self._pump
-        for waiting in [*self._returned.values(), *self._queue.values()]:
+        # What this connection gives back goes before what it hasn't had room for; and nobody who calls while it has may
+        # go before either.
+        for call in reversed(self._returned):
+            self._queue[call] = self._returned[call]
+            self._queue.move_to_end(call, last=False)
+        self._returned.clear()
+        for waiting in [*self._queue.values()]:
             waiting.lift()
             if waiting.body is None:  # It waits for nothing else.
                 self._take_out(waiting.call)

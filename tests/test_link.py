@@ -316,6 +316,50 @@ def test_calls_that_had_not_left_go_out_in_their_order_before_later_ones(
     assert [call.get() for call in first + then] == list(range(10))
 
 
+def test_their_order_holds_however_often_the_connection_is_lost(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_pending=3, retry_interval=0.001, max_retry_interval=0.01).connect()
+    peer = scripted.accept()
+    calls = [client.call_async("note", number, idempotent=True) for number in range(3)]
+    assert [peer.receive()[3] for _ in range(3)] == [[0], [1], [2]]
+    link_of(client)._max_pending = 1  # So that two of them still wait when the next connection is lost.
+    peer.reset()
+    peer = scripted.accept()
+    assert peer.receive()[3] == [0]
+    peer.reset()
+    peer = scripted.accept()
+    # Whoever is quick to call again comes after them, too.
+    caller = gevent.spawn(lambda: [client.call("note", number) for number in (3, 4)])
+    wait_until(lambda: client.statistics()["pending"] == 4)
+    assert [answer(peer)[3] for _ in range(5)] == [[number] for number in range(5)]
+    assert [call.get() for call in calls] == [0, 1, 2]
+    assert caller.get() == [3, 4]
+    client.close()
+
+
+def test_who_is_quick_to_call_again_lets_those_go_first_who_wait_already(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_pending=2, retry_interval=0.001, max_retry_interval=0.01).connect()
+    peer = scripted.accept()
+    calls = [client.call_async("slow", number, idempotent=True) for number in range(2)]
+    assert [peer.receive()[3] for _ in range(2)] == [[0], [1]]
+    link_of(client)._max_pending = 1
+    peer.reset()
+    peer = scripted.accept()
+    assert peer.receive()[3] == [0]
+
+    # It goes on amid what the loop does for the answer, when nobody else has heard of it yet.
+    def call_twice() -> Any:
+        assert client.connection is not None
+        return client.connection.call("first"), client.call("second")
+
+    quick = gevent.spawn(call_twice)
+    assert peer.receive()[:3] == [0, 1, "first"]
+    peer.send([1, 0, None, 0], [1, 1, None, "first"])
+    assert [answer(peer)[2] for _ in range(2)] == ["slow", "second"]
+    assert [call.get() for call in calls] == [0, 1]
+    assert quick.get() == ("first", "second")
+    client.close()
+
+
 def test_what_had_not_left_when_the_peer_said_its_last_word_never_does(
     scripted: Scripted, client: gmprpc.Client
 ) -> None:
