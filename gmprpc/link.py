@@ -20,7 +20,7 @@ from gevent.event import Event
 from .backoff import Backoff
 from .calls import IN_HUB, TakeBack
 from .connection import Connection
-from .exceptions import ConnectFailed, ConnectionClosed, text_of
+from .exceptions import ConnectFailed, ConnectionClosed, ProtocolError, text_of
 from .heartbeat import Heartbeat
 from .methods import MethodTable
 from .metrics import Counters
@@ -86,6 +86,7 @@ class Link:
         interval = options.retry_interval
         self._backoff = None if interval is None else Backoff(interval, options.max_retry_interval)
         self._not_before = 0.0  # When the next attempt may be made.
+        self._begun_at = 0.0  # When the last connection was made.
         self._is_unproven = False  # What the connection was good for hasn't been looked at yet.
         self._is_given_up = Event()  # Nobody waits for it any more.
         self._is_abandoned = False
@@ -95,6 +96,7 @@ class Link:
     def call(self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool) -> Any:
         """The result of a call, once it is there; see :meth:`gmprpc.Client.call`."""
         begun = perf_counter()
+        has_returned = False
         connection = self.connection
         if connection is not None and not self._queue and connection.has_room(self._max_pending):
             try:
@@ -102,11 +104,13 @@ class Link:
             except ConnectionClosed as exc:
                 if not self._may_go_again(connection, exc, is_idempotent):
                     raise
+                has_returned = True
         if gevent.getcurrent() is self._hub:
             raise RuntimeError(IN_HUB)
         check_timeout("timeout", timeout)
         call = PendingCall(method)
         waiting = _Waiting(call, self._encoder.body(method, params), is_idempotent=is_idempotent)
+        waiting.has_returned = has_returned
         self._enqueue(waiting, timeout, tell, begun)
         return self._result_of(call, tell)
 
@@ -222,7 +226,7 @@ class Link:
         if not waiting.is_notification:
             assert body is not None
             take_back = self._take_back_unsent
-            if waiting.is_idempotent:
+            if waiting.is_idempotent or waiting.has_returned:
                 take_back = partial(self._take_back, connection, waiting)
             connection.calls.send_packed(call, body, take_back)
         else:
@@ -244,11 +248,14 @@ class Link:
         self, connection: Connection, waiting: _Waiting | None, call: PendingCall, closed: ConnectionClosed
     ) -> bool:
         """Queue a call again whose connection has ended; False if that can't be; in the hub."""
-        if not self._may_go_again(connection, closed, waiting is not None):
+        if waiting is not None and waiting.has_returned and self._backoff is None:
+            return False  # A server that accepts and hangs up would be tried again without a pause, and without an end.
+        if not self._may_go_again(connection, closed, waiting is not None and waiting.is_idempotent):
             return False
         if waiting is None:
             assert closed._body is not None
             waiting = _Waiting(call, closed._body)
+        waiting.has_returned = True
         self._returned[call] = waiting
         self._await(waiting)
         return True
@@ -268,11 +275,13 @@ class Link:
         last = self.connection
         assert last is not None
         self._is_unproven = False
-        if self._backoff is None:
+        if self._backoff is None or self._options.retry_interval is None:  # There is either both or neither.
             return
-        if last.has_heard or last.is_given_up:
+        lifetime = perf_counter() - self._begun_at
+        is_peer = last.has_heard and not isinstance(last.error, ProtocolError)
+        if last.is_given_up or (is_peer and lifetime >= self._options.retry_interval):
             self._backoff.reset()
-        else:  # A server that accepts and hangs up is as good as none.
+        else:  # A server that accepts and hangs up is as good as none, also if it says something before.
             self._not_before = perf_counter() + self._backoff.next()
 
     def _connect(self) -> None:
@@ -322,7 +331,7 @@ class Link:
         )
         self.connection = connection
         self._take_back_unsent = partial(self._take_back, connection, None)
-        self._is_unproven = True
+        self._is_unproven, self._begun_at = True, perf_counter()
         self._connecting = self._failure = None
         self._opened.clear()
         life = gevent.spawn(self._live, connection)
@@ -433,7 +442,7 @@ class Link:
 class _Waiting:
     """Something that waits to be sent: a request, a notification, or nothing but that there is a connection."""
 
-    __slots__ = ("body", "call", "gone", "is_idempotent", "is_notification", "timer")
+    __slots__ = ("body", "call", "gone", "has_returned", "is_idempotent", "is_notification", "timer")
 
     def __init__(
         self, call: PendingCall, body: bytes | None, *, is_idempotent: bool = False, is_notification: bool = False
@@ -444,6 +453,8 @@ class _Waiting:
         self.body = body
         self.is_idempotent = is_idempotent
         self.is_notification = is_notification
+        #: True once it was taken back from a connection that has ended.
+        self.has_returned = False
         #: Limits its time while there is no connection, where nothing else does.
         self.timer: Any = None
         #: Set when it is no longer in a queue, where somebody waits for that.

@@ -294,6 +294,43 @@ def test_a_server_that_hangs_up_at_once_is_not_asked_without_a_pause(scripted: S
     client.close()
 
 
+@pytest.mark.parametrize("word", [b"HTTP/1.1 400 Bad Request\r\n", b"\x93\x02\xa3new\x90"], ids=["another's", "new"])
+def test_a_server_that_says_something_and_hangs_up_is_not_asked_without_a_pause(
+    scripted: Scripted, word: bytes
+) -> None:
+    service = gmprpc.Service()
+    service.register(lambda: None, "new")
+    client = gmprpc.Client(scripted.address, service=service, retry_interval=1000, max_retry_interval=1000)
+    calls = ways(client, "m", idempotent=True)
+    peer = scripted.accept()
+    peer.receive()
+    peer.send_bytes(word)
+    peer.close()
+    backoff = link_of(client)._backoff
+    wait_until(lambda: backoff.failures)
+    client.close()
+    for call in calls:
+        with pytest.raises(gmprpc.ConnectionClosed):
+            call.get()
+    assert client.statistics()["connections"] == 1
+
+
+def test_a_server_that_hangs_up_is_asked_a_second_time_at_most_by_a_client_that_doesnt_retry(
+    scripted: Scripted,
+) -> None:
+    client = gmprpc.Client(scripted.address, retry_interval=None)
+    accepting = gevent.spawn(scripted.hang_up_on_everybody)
+    for is_connected in (False, True):
+        if is_connected:
+            client.connect()
+        for call in ways(client, "again", idempotent=True):
+            with pytest.raises(gmprpc.ConnectionClosed):
+                call.get()
+    accepting.kill()
+    assert client.statistics()["connections"] <= 6
+    client.close()
+
+
 def test_calls_that_had_not_left_go_out_in_their_order_before_later_ones(
     scripted: Scripted, client: gmprpc.Client
 ) -> None:
