@@ -283,7 +283,7 @@ class Client:
         """Close the connection: calls that wait end with ConnectionClosed.
 
         What was sent before, a notification perhaps, still arrives if the peer takes it within two seconds. The
-        connections of other threads are closed, too, but not waited for.
+        connections of other threads are closed, too, but not waited for; and in a callback of the loop none is.
 
         May be called any number of times. Calls from now on raise ConnectionClosed, until :meth:`connect`.
         """

@@ -364,7 +364,7 @@ class Link:
         if connection is self.connection and self._is_wanted():
             self._want_connection()
         if error is not None:
-            self._owner.report(error)
+            gevent.spawn(self._owner.report, error)  # It may block, and `close` waits for this greenlet.
 
     def _limit_wait(self, waiting: _Waiting) -> None:
         """Let what has no time-out of its own wait for a connection only as long as making one may take."""
@@ -383,14 +383,15 @@ class Link:
     # The end.
 
     def close(self) -> None:
-        """Close: what waits ends with ConnectionClosed. Waits for the farewell of the connections."""
+        """Close: what waits ends with ConnectionClosed. Waits for the farewell of the connections, but in the hub."""
         closed = ConnectionClosed("the client was closed")
         self._stop_connecting()
         self._fail_queue(closed)
         for connection in self._lives.values():
             connection.close()
         current: Any = gevent.getcurrent()
-        gevent.joinall([life for life in self._lives if life is not current])
+        if current is not self._hub:  # Where nobody may wait.
+            gevent.joinall([life for life in self._lives if life is not current])
 
     def close_from_elsewhere(self) -> None:
         """The same, called in another thread; doesn't wait."""

@@ -14,7 +14,7 @@ from typing import Any
 import gevent
 import pytest
 from gevent import monkey, socket
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 
 import gmprpc
 from gmprpc.backoff import Backoff
@@ -696,6 +696,33 @@ def test_close_ends_whatever_waits(scripted: Scripted) -> None:
         assert client.statistics()["pending"] == 0
         with pytest.raises(gmprpc.ConnectionClosed, match="the client is closed"):
             client.call("m")
+
+
+def test_close_may_be_called_in_the_hub_and_waits_for_nobody_there(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address).connect()
+    call = client.call_async("m")
+    closed = AsyncResult()
+    gevent.get_hub().loop.run_callback(lambda: closed.set(client.close()))  # type: ignore[func-returns-value]
+    closed.get()
+    with pytest.raises(gmprpc.ConnectionClosed):
+        call.get()
+    assert [message[2] for message in scripted.accept().receive_rest()] == ["m"]
+
+
+def test_close_waits_for_no_hook_and_may_be_called_in_one(scripted: Scripted) -> None:
+    begun, ended = Event(), Event()
+
+    def on_error(client: gmprpc.Client, exc: Exception) -> None:
+        begun.set()
+        gevent.spawn(client.close).get()  # Whoever closes is waited for: who closes mustn't wait for this.
+        client.close()
+        ended.set()
+
+    client = gmprpc.Client(scripted.address, on_error=on_error).connect()
+    scripted.accept().reset()
+    begun.wait()
+    client.close()
+    ended.wait()
 
 
 def test_a_call_amid_which_the_client_is_closed_is_not_sent_again_after_connect(scripted: Scripted) -> None:
