@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import gevent
-from gevent import Greenlet
+from gevent import Greenlet, GreenletExit
 from gevent.event import Event
 
 from .backoff import Backoff
@@ -26,7 +26,7 @@ from .methods import MethodTable
 from .metrics import Counters
 from .options import LinkOptions, check_timeout
 from .protocol import Encoder
-from .reply import PendingCall
+from .reply import PendingCall, failure_of
 from .streams import Stream
 from .transport import format_address
 
@@ -268,7 +268,8 @@ class Link:
                 self._judge()
             self._is_given_up.clear()
             # In a greenlet of its own: the caller who came first may lose patience, the others still wait.
-            self._connecting = gevent.spawn(self._connect)
+            connecting = self._connecting = gevent.spawn(self._connect)
+            connecting.rawlink(self._clear_up_after)
 
     def _judge(self) -> None:
         """Learn from how the last connection went."""
@@ -306,6 +307,13 @@ class Link:
                     self._begin(stream)
                 return
         self._connecting = None
+
+    def _clear_up_after(self, connecting: Greenlet[..., None]) -> None:
+        """Fail those who wait for a greenlet that won't make a connection any more: somebody has killed it."""
+        if self._connecting is connecting:
+            self._connecting = None
+            self._failure = ConnectFailed(f"can't connect: {text_of(failure_of(connecting) or GreenletExit())}")
+            self._fail_queue(self._failure)
 
     def _is_wanted(self) -> bool:
         """Whether there shall be a connection."""

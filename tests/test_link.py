@@ -224,6 +224,33 @@ def test_what_will_not_be_otherwise_next_time_is_not_tried_again(tmp_path: Path)
     assert attempts == [1]
 
 
+@pytest.mark.parametrize("when", ["before it began", "while it waits", "while it connects"])
+def test_a_kill_of_who_connects_fails_the_calls_that_wait_and_no_others(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    # As by a test suite that kills whatever greenlets it finds.
+    client = gmprpc.Client(scripted.address)
+    link = link_of(client)
+    if when == "while it waits":
+        link._not_before = sys.maxsize
+    elif when == "while it connects":
+        monkeypatch.setattr(client, "_before_connect", lambda client, sock: gevent.sleep(100))
+    calls = [client.call_async("m"), client.call_async("m", timeout=20)]
+    if when != "before it began":
+        gevent.sleep(0.001)
+    assert link._connecting is not None
+    link._connecting.kill()
+    for call in calls:
+        with pytest.raises(gmprpc.ConnectFailed, match="can't connect: GreenletExit"):
+            call.get()
+    link._not_before = 0
+    monkeypatch.undo()
+    call = client.call_async("m")
+    answer(scripted.accept())
+    assert call.get() == "m"
+    client.close()
+
+
 # A connection that is lost.
 
 
