@@ -67,6 +67,8 @@ _SKIPPED_LOOKS = 1000
 _LOOKS_AFTER_OTHERS = 20
 # So much of what waits to be written, and the rest of its last piece, is joined for one attempt. Picked arbitrarily.
 _JOINED_SIZE = 256 * 1024
+# So much of what this side says on its own account doesn't wait for more to be sent with it. Picked arbitrarily.
+_GATHERED_SIZE = 64 * 1024
 
 _READ, _WRITE = 1, 2
 
@@ -177,6 +179,7 @@ class Connection:
         "_batch_end",
         "_counters",
         "_decoder",
+        "_gathered",
         "_hub",
         "_idle_deadline",
         "_inbox",
@@ -281,6 +284,7 @@ class Connection:
         self._unsent_answers = 0
         self._max_concurrency = sys.maxsize if options.max_concurrency is None else options.max_concurrency
         self._own_messages = 0  # So many of those in `_out` are no answers.
+        self._gathered = 0  # How many bytes had to wait in `_out` since they were sent for it.
         self._refusals_size = 0  # Of what was refused since all had been written.
         self._is_amid_write = False  # A part of the backlog's first piece has been written.
         self._unsent_requests: Mapping[int, bytes] = {}  # Their bodies, when the connection was lost.
@@ -798,10 +802,16 @@ class Connection:
         """Send what this side says on its own account: at once, or together with what else this batch brings."""
         self._out.append(data)
         self._own_messages += 1
-        self.used_at = perf_counter()
         if not self.is_settling:
+            self.used_at = perf_counter()  # Else something has happened in this very round of the loop.
             self.flush()
             self.settle_soon()
+            return
+        # Who never lets the loop run must not pile up any number: when they are flushed `unsent_size` tells.
+        self._gathered += len(data)
+        if self._gathered > _GATHERED_SIZE:
+            self._gathered = 0
+            self.flush()
 
     def flush(self) -> None:
         """Write what has gathered, as far as it goes without waiting."""

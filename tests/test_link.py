@@ -650,6 +650,38 @@ def test_who_has_much_unsent_waits_and_so_does_a_notification(scripted: Scripted
     client.close()
 
 
+def test_who_never_lets_the_loop_run_is_kept_from_piling_up_what_is_unsent(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, max_unsent_size=1000, timeout=20).connect()
+    peer = scripted.accept()
+    sizes: list[int] = []
+
+    def unsent_size() -> int:
+        assert client.connection is not None
+        return client.connection.unsent_size + len(b"".join(client.connection._out))
+
+    def notify() -> None:
+        for number in range(2000):
+            client.notify("n", number, b"x" * 10_000)
+            sizes.append(unsent_size())
+
+    notifying = gevent.spawn(notify)
+    assert [peer.receive()[2][0] for _ in range(2000)] == list(range(2000))
+    notifying.get()
+    assert max(sizes) < 100_000
+    # Nor does all that has waited for room go at once when there is some.
+    calls = [client.call_async("large", b"x" * 20_000_000)]
+    gevent.sleep(0)
+    calls += [client.call_async("m", b"x" * 100_000) for _ in range(100)]
+    assert client.connection.pending == 1
+    for msgid in range(101):
+        assert peer.receive()[1] == msgid
+        if msgid > 0:
+            assert unsent_size() < 300_000
+        peer.send([1, msgid, None, msgid])
+    assert [call.get() for call in calls] == list(range(101))
+    client.close()
+
+
 def test_a_connection_lost_with_calls_waiting_for_room_is_made_again_for_them(scripted: Scripted) -> None:
     client = gmprpc.Client(scripted.address, max_pending=1, retry_interval=0.001, max_retry_interval=0.01).connect()
     first = scripted.accept()
