@@ -76,7 +76,7 @@ class ConnectionClosed(RPCError, ConnectionError):
 
 
 class ConnectFailed(ConnectionClosed):
-    """No connection could be made; the request has not left."""
+    """No connection could be made; the request has not left, unless ``sent``: on an earlier connection, that is."""
 
 
 class CallTimeout(RPCError, TimeoutError):

@@ -9,6 +9,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
@@ -96,7 +97,7 @@ class Link:
     def call(self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool) -> Any:
         """The result of a call, once it is there; see :meth:`gmprpc.Client.call`."""
         begun = perf_counter()
-        has_returned = False
+        has_returned = was_sent = False
         connection = self.connection
         if connection is not None and not self._queue and connection.has_room(self._max_pending):
             try:
@@ -104,13 +105,13 @@ class Link:
             except ConnectionClosed as exc:
                 if not self._may_go_again(connection, exc, is_idempotent):
                     raise
-                has_returned = True
+                has_returned, was_sent = True, exc.sent
         if gevent.getcurrent() is self._hub:
             raise RuntimeError(IN_HUB)
         check_timeout("timeout", timeout)
         call = PendingCall(method)
         waiting = _Waiting(call, self._encoder.body(method, params), is_idempotent=is_idempotent)
-        waiting.has_returned = has_returned
+        waiting.has_returned, waiting.was_sent = has_returned, was_sent
         self._enqueue(waiting, timeout, tell, begun)
         return self._result_of(call, tell)
 
@@ -193,11 +194,11 @@ class Link:
 
     def _forget(self, call: PendingCall, _tell: bool) -> bool:
         """A call is given up that has not been sent."""
-        self._take_out(call)
+        waiting = self._take_out(call)
         call._obstacle = self._failure
         if not self._queue and not self._returned:
             self._is_given_up.set()
-        return False
+        return waiting is not None and waiting.was_sent
 
     def _take_out(self, call: PendingCall) -> _Waiting | None:
         waiting = self._returned.pop(call, None) or self._queue.pop(call, None)
@@ -256,6 +257,7 @@ class Link:
             assert closed._body is not None
             waiting = _Waiting(call, closed._body)
         waiting.has_returned = True
+        waiting.was_sent |= closed.sent
         self._returned[call] = waiting
         self._await(waiting)
         return True
@@ -382,9 +384,9 @@ class Link:
             waiting.timer.start(self._expire, waiting.call, limit, update=True)
 
     def _expire(self, call: PendingCall, limit: float) -> None:
-        call.forget(False)
+        was_sent = call.forget(False)
         reason = self._failure or f"can't connect to {format_address(self._owner.peer)}"
-        failed = ConnectFailed(f"{reason}; no connection within {limit:g} s (connect_timeout)")
+        failed = ConnectFailed(f"{reason}; no connection within {limit:g} s (connect_timeout)", sent=was_sent)
         failed.__cause__ = self._failure
         call.set_exception(failed)
 
@@ -428,10 +430,10 @@ class Link:
             connecting.kill(block=False)
 
     def _fail_queue(self, exc: Exception) -> None:
-        for call in [*self._returned, *self._queue]:
-            self._take_out(call)
-            call._forget = None
-            call.set_exception(exc)
+        for waiting in [*self._returned.values(), *self._queue.values()]:
+            self._take_out(waiting.call)
+            waiting.call._forget = None
+            waiting.call.set_exception(_own(exc, waiting.was_sent))
 
     # What there is.
 
@@ -448,10 +450,19 @@ class Link:
         return waiting + (connection.pending if connection is not None else 0)
 
 
+def _own(exc: Exception, was_sent: bool) -> Exception:
+    """``exc`` for one of several who get it, of whom each has frames and a request of its own."""
+    if not isinstance(exc, ConnectionClosed):  # A hook's, and perhaps nothing that can be copied.
+        return exc
+    own = copy(exc)
+    own.sent, own.__cause__ = was_sent, exc.__cause__
+    return own
+
+
 class _Waiting:
     """Something that waits to be sent: a request, a notification, or nothing but that there is a connection."""
 
-    __slots__ = ("body", "call", "gone", "has_returned", "is_idempotent", "is_notification", "timer")
+    __slots__ = ("body", "call", "gone", "has_returned", "is_idempotent", "is_notification", "timer", "was_sent")
 
     def __init__(
         self, call: PendingCall, body: bytes | None, *, is_idempotent: bool = False, is_notification: bool = False
@@ -462,8 +473,8 @@ class _Waiting:
         self.body = body
         self.is_idempotent = is_idempotent
         self.is_notification = is_notification
-        #: True once it was taken back from a connection that has ended.
-        self.has_returned = False
+        #: True once it was taken back from a connection that has ended; and if it may have left there.
+        self.has_returned = self.was_sent = False
         #: Limits its time while there is no connection, where nothing else does.
         self.timer: Any = None
         #: Set when it is no longer in a queue, where somebody waits for that.

@@ -307,6 +307,40 @@ def test_an_idempotent_call_ends_with_its_time_out_however_often_it_is_sent(
     assert client.statistics()["connections"] > 2
 
 
+def test_whoever_waits_to_be_sent_again_is_told_that_the_request_had_left(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, retry_interval=0.001, max_retry_interval=0.01, connect_timeout=0.2)
+
+    def lost(**settings: Any) -> list[Any]:
+        client.connect()
+        peer = scripted.accept()
+        calls = ways(client, "again", idempotent=True, **settings)
+        assert [peer.receive()[2] for _ in calls] == ["again"] * 2
+        scripted.go()
+        peer.close()
+        wait_until(lambda: link_of(client)._failure)
+        calls += ways(client, "new", **settings)
+        wait_until(lambda: len(link_of(client)._queue) + len(link_of(client)._returned) == 4)
+        return calls
+
+    for settings, error in (({"timeout": 0.2}, gmprpc.CallTimeout), ({}, gmprpc.ConnectFailed)):
+        for call, is_sent in zip(lost(**settings), [True, True, False, False], strict=True):
+            with pytest.raises(error) as caught:
+                call.get()
+            failure: Any = caught.value
+            assert failure.sent is is_sent
+        scripted.come_back()
+    calls = lost(timeout=20)
+    client.close()
+    caught_all = []
+    for call, is_sent in zip(calls, [True, True, False, False], strict=True):
+        with pytest.raises(gmprpc.ConnectionClosed, match="was closed") as caught_one:
+            call.get()
+        assert caught_one.value.sent is is_sent
+        caught_all.append(caught_one.value)
+    # What happens to the exception of one is not seen at another's.
+    assert len(set(map(id, caught_all))) == 4
+
+
 def test_a_server_that_hangs_up_at_once_is_not_asked_without_a_pause(scripted: Scripted) -> None:
     client = gmprpc.Client(scripted.address, retry_interval=0.05, max_retry_interval=0.05)
     waits: list[int] = []
