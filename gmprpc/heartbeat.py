@@ -21,6 +21,8 @@ class Pingable(Protocol):
     """What a heartbeat needs of a connection."""
 
     used_at: float
+    #: How many bytes wait to be sent.
+    unsent_size: int
 
     @property
     def pending(self) -> int:
@@ -61,7 +63,8 @@ class Heartbeat:
     def _look(self) -> None:
         connection = self._connection
         left = connection.used_at + self._interval - perf_counter()
-        if connection.pending or connection.in_flight or left > 0:
+        # Where much is still to be sent a ping would come last, and the answer too late.
+        if connection.pending or connection.in_flight or connection.unsent_size or left > 0:
             self._wait(max(left, self._interval / 2))
             return
         try:

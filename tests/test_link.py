@@ -996,6 +996,19 @@ def test_a_server_that_answers_no_ping_is_given_up(scripted: Scripted) -> None:
     client.close()
 
 
+def test_a_connection_that_is_still_sending_is_asked_nothing(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, ping_interval=0.01).connect()
+    peer = scripted.accept()
+    client.notify("large", b"x" * 20_000_000)
+    assert client.connection is not None
+    gevent.sleep(0.1)
+    assert client.is_connected
+    assert client.connection.pending == 0
+    assert peer.receive()[1] == "large"
+    assert peer.receive()[2] == "$/health"
+    client.close()
+
+
 def test_there_is_no_ping_unless_it_is_asked_for(server: gmprpc.Server) -> None:
     seen: list[str] = []
     with (
