@@ -240,8 +240,8 @@ class Client:
         """
         tell = self.cancel_on_timeout if cancel_on_timeout is None else cancel_on_timeout
         if timeout is not _DEFAULT:
-            return self._links.get().call_async(method, params, timeout, idempotent, tell)
-        call = self._links.get().call_async(method, params, self.timeout, idempotent, tell)
+            return self._links.get().call_async(method, params, timeout, idempotent, tell, "call")
+        call = self._links.get().call_async(method, params, self.timeout, idempotent, tell, "client")
         if call.is_limited:
             call.which = "client"
         return call

@@ -116,9 +116,9 @@ class Link:
         return self._result_of(call, tell)
 
     def call_async(
-        self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool
+        self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool, which: str
     ) -> PendingCall:
-        """A call that goes on its way; see :meth:`gmprpc.Client.call_async`."""
+        """A call that goes on its way; see :meth:`gmprpc.Client.call_async`. ``which`` time-out it is."""
         call = PendingCall(method)
         connection = self.connection
         if connection is not None and not self._queue and connection.has_room(self._max_pending) and not is_idempotent:
@@ -129,6 +129,7 @@ class Link:
                 if not self._may_go_again(connection, exc, is_idempotent):
                     raise
         check_timeout("timeout", timeout)
+        call.which = which  # Now, since the time may be up before it is returned.
         waiting = _Waiting(call, self._encoder.body(method, params), is_idempotent=is_idempotent)
         self._enqueue(waiting, timeout, tell)
         if len(self._queue) > self._max_pending and call in self._queue and gevent.getcurrent() is not self._hub:

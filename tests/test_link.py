@@ -649,6 +649,17 @@ def test_call_async_waits_only_when_max_pending_calls_wait_to_be_sent(scripted: 
     making.join()
     assert sorted(call.get() for call in made + from_hub) == list(range(9))
 
+    # Whose time is up meanwhile is told which it was.
+    for _ in range(4):
+        client.call_async("m")
+    client.timeout = 0.01
+    with pytest.raises(gmprpc.CallTimeout, match="the client's timeout"):
+        client.call_async("late").get()
+    client.timeout = None
+    for _ in range(4):
+        answer(peer)
+    wait_until(lambda: client.statistics()["pending"] == 0)
+
     # Whoever is killed meanwhile has not called.
     for number in range(4):
         client.call_async("m", number)
