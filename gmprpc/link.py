@@ -250,9 +250,11 @@ class Link:
         self, connection: Connection, waiting: _Waiting | None, call: PendingCall, closed: ConnectionClosed
     ) -> bool:
         """Queue a call again whose connection has ended; False if that can't be; in the hub."""
-        if waiting is not None and waiting.has_returned and self._backoff is None:
-            return False  # A server that accepts and hangs up would be tried again without a pause, and without an end.
-        if not self._may_go_again(connection, closed, waiting is not None and waiting.is_idempotent):
+        # Without pauses a server that accepts and hangs up would be tried again, and again, without an end.
+        is_last = waiting is not None and waiting.has_returned and self._backoff is None
+        is_idempotent = waiting is not None and waiting.is_idempotent
+        if is_last or not self._may_go_again(connection, closed, is_idempotent):
+            closed.sent |= waiting is not None and waiting.was_sent
             return False
         if waiting is None:
             assert closed._body is not None

@@ -341,6 +341,25 @@ def test_whoever_waits_to_be_sent_again_is_told_that_the_request_had_left(script
     assert len(set(map(id, caught_all))) == 4
 
 
+def test_also_who_had_not_left_the_second_time_is_told_that_the_request_had_left(scripted: Scripted) -> None:
+    client = gmprpc.Client(
+        scripted.address, retry_interval=0.001, max_retry_interval=0.01, max_unsent_size=None
+    ).connect()
+    first = scripted.accept()
+    calls = [client.call_async("large", b"x" * 20_000_000, idempotent=True), client.call_async("m", idempotent=True)]
+    assert [first.receive()[2] for _ in calls] == ["large", "m"]
+    first.reset()
+    second = scripted.accept()  # It reads nothing: the large one has left in part, the other one not at all.
+    wait_until(lambda: client.is_connected and client.connection.pending == 2)
+    client.is_closed = True  # They can't go anywhere else any more.
+    second.reset()
+    for call in calls:
+        with pytest.raises(gmprpc.ConnectionClosed) as caught:
+            call.get()
+        assert caught.value.sent
+    client.close()
+
+
 def test_a_server_that_hangs_up_at_once_is_not_asked_without_a_pause(scripted: Scripted) -> None:
     client = gmprpc.Client(scripted.address, retry_interval=0.05, max_retry_interval=0.05)
     waits: list[int] = []
