@@ -847,17 +847,19 @@ class Connection:
         try:
             sent = self._send(data)
         except BlockingIOError:
-            sent = 0
+            sent, is_begun = 0, self._is_amid_write
         except Exception as exc:
             self._backlog.insert(0, data)
             self._lose(exc)
             return
+        else:
+            is_begun = True  # Also with 0: TLS has a piece of it, which may leave before it says so.
         if sent == len(data):
             self._is_amid_write = False
             return
         self._backlog.insert(0, memoryview(data)[sent:])
         self.unsent_size += len(data) - sent
-        self._is_amid_write = sent > 0 or self._is_amid_write
+        self._is_amid_write = is_begun
         if sent or not self._write_deadline.is_set:
             self._write_deadline.put_off()
         if self._write_watcher is None:

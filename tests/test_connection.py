@@ -631,6 +631,32 @@ def test_a_stream_that_takes_nothing_for_a_moment_is_written_to_later(service: g
     life.join()
 
 
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_a_stream_has_taken_may_have_left_whatever_it_owns_up_to(service: gmprpc.Service, is_taken: bool) -> None:
+    # As TLS does it: a record that is encrypted counts as sent when it has left, but what TLS has to say itself, when
+    # the peer asks for other keys, takes it along.
+    ours, theirs = socket.socketpair()
+    stream = PlainStream(ours)
+
+    def take(data: Any) -> int:
+        if is_taken:
+            return 0
+        raise BlockingIOError
+
+    stream.send = take  # type: ignore[assignment]
+    connection = Connection(stream, service.table(), ConnectionOptions(), counters=Counters())
+    life = gevent.spawn(connection.run)
+    calls = [connection.call_async("m", number) for number in range(2)]
+    connection.flush()
+    connection.lose(TimeoutError("no more"))
+    for call, is_sent in zip(calls, [is_taken, False], strict=True):
+        with pytest.raises(gmprpc.ConnectionClosed) as caught:
+            call.get()
+        assert caught.value.sent is is_sent
+    life.join()
+    theirs.close()
+
+
 # Time-outs.
 
 
