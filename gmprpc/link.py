@@ -416,7 +416,10 @@ class Link:
         for connection in self._lives.values():
             connection.leave()
         if self._hub.loop is not None:
-            gevent.joinall(list(self._lives))
+            connecting = self._stop_connecting()
+            gevent.joinall([*self._lives, *connecting])
+        for let_go in self._opened:  # Where there was no loop any more.
+            let_go()
         Connection.forget_hub(self._hub)
 
     def abandon(self) -> None:
@@ -427,10 +430,13 @@ class Link:
             let_go()
         self._fail_queue(ConnectionClosed("this call is that of the process which this one was forked off from"))
 
-    def _stop_connecting(self) -> None:
+    def _stop_connecting(self) -> list[Greenlet[..., None]]:
+        """Kill the greenlet that connects; returns it, if there was one."""
         connecting, self._connecting = self._connecting, None
-        if connecting is not None:
-            connecting.kill(block=False)
+        if connecting is None:
+            return []
+        connecting.kill(block=False)
+        return [connecting]
 
     def _fail_queue(self, exc: Exception) -> None:
         for waiting in [*self._returned.values(), *self._queue.values()]:

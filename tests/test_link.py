@@ -20,7 +20,7 @@ import gmprpc
 from gmprpc.backoff import Backoff
 from gmprpc.link import Link
 
-from .helpers import Peer, collected, wait_until
+from .helpers import Peer, collected, listening, wait_until
 from .programs import Program
 
 start_new_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
@@ -936,6 +936,30 @@ def test_threads_that_have_ended_leave_nothing_behind(server: gmprpc.Server) -> 
     # Of the loops of threads that have ended gevent keeps what it needs to wake them up, until they are collected.
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
     client.close()
+
+
+@pytest.mark.parametrize("is_destroyed", [False, True])
+def test_a_thread_that_ends_while_it_connects_leaves_no_socket_behind(is_destroyed: bool) -> None:
+    # TLS is asked of somebody who says nothing.
+    silent = listening(("127.0.0.1", 0))
+    client = gmprpc.Client(silent.getsockname(), ssl_context=ssl.create_default_context())
+
+    def accept() -> None:
+        with silent.accept()[0] as peer:
+            while peer.recv(65536):
+                pass
+
+    def connect() -> None:
+        client.call_async("m")
+        wait_until(lambda: len(link_of(client)._opened) == 2)
+        if is_destroyed:
+            gevent.get_hub().destroy(destroy_loop=True)
+
+    accepting = gevent.spawn(accept)
+    in_thread(connect).get()
+    accepting.get()
+    assert not client._links.all()
+    silent.close()
 
 
 # Forks.
