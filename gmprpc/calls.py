@@ -15,7 +15,7 @@ import gevent
 from gevent import getcurrent
 from greenlet import greenlet
 
-from .exceptions import CallTimeout, ConnectionClosed, RemoteError
+from .exceptions import CallTimeout, ConnectionClosed
 from .options import check_timeout
 from .protocol import Encoder, next_msgid, request_of, result_of
 from .reply import PendingCall
@@ -180,7 +180,7 @@ def _complete(call: PendingCall, take_back: TakeBack | None, outcome: Any) -> No
         return
     try:
         result = result_of(outcome, call.method)
-    except RemoteError as exc:
+    except Exception as exc:  # RemoteError; or what the error object raises, which a hook of the unpacker has made.
         call.set_exception(exc)
     else:
         call.set(result)

@@ -141,3 +141,19 @@ def test_an_answer_that_comes_together_with_a_cancellation_changes_nothing(calls
     in_hub(waiter, [1, 0, None, "answer"])
     with pytest.raises(CallCancelled):
         pending.get()
+
+
+def test_an_error_that_cant_be_looked_at_is_an_end_too(calls: Calls) -> None:
+    class Strange:
+        """As a hook of the unpacker may make it."""
+
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("the truth value of an array is ambiguous")
+
+        __hash__ = None  # type: ignore[assignment]  # As whoever compares in a way of their own says.
+
+    pending = PendingCall("method")
+    calls.send(pending, (), None)
+    in_hub(calls.pending.pop(0), [1, 0, Strange(), None])
+    with pytest.raises(ValueError, match="ambiguous"):
+        pending.get()
