@@ -268,7 +268,7 @@ class Link:
     # Connecting.
 
     def _want_connection(self) -> None:
-        if self._connecting is None:
+        if self._connecting is None and not self._is_abandoned:
             if self._is_unproven:
                 self._judge()
             self._is_given_up.clear()
@@ -413,6 +413,7 @@ class Link:
 
     def leave(self) -> None:
         """The thread ends, and with it the connection."""
+        self._is_abandoned = True
         for connection in self._lives.values():
             connection.leave()
         if self._hub.loop is not None:

@@ -938,6 +938,16 @@ def test_threads_that_have_ended_leave_nothing_behind(server: gmprpc.Server) -> 
     client.close()
 
 
+def test_a_thread_that_ends_does_not_connect_again(server: gmprpc.Server) -> None:
+    client = gmprpc.Client(server.address, keep_connected=True)
+    links: list[Link] = []
+    in_thread(lambda: links.append(link_of(client.connect()))).get()
+    wait_until(lambda: not client._links.all())
+    assert links[0]._connecting is None
+    assert client.statistics()["connections"] == 1
+    wait_until(lambda: not server.connections)
+
+
 @pytest.mark.parametrize("is_destroyed", [False, True])
 def test_a_thread_that_ends_while_it_connects_leaves_no_socket_behind(is_destroyed: bool) -> None:
     # TLS is asked of somebody who says nothing.
