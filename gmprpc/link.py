@@ -26,8 +26,8 @@ from .heartbeat import Heartbeat
 from .methods import MethodTable
 from .metrics import Counters
 from .options import LinkOptions, check_timeout
-from .protocol import Encoder
 from .reply import PendingCall, failure_of
+from .requests import encoder_of
 from .streams import Stream
 from .transport import format_address
 
@@ -69,7 +69,7 @@ class Link:
         self._counters = counters
         self._hub = gevent.get_hub()
         self._max_pending = sys.maxsize if options.max_pending is None else options.max_pending
-        self._encoder = Encoder(options.connection.packer_options)
+        self._encoder = encoder_of(options.connection)
         #: The connection on which calls are sent; it may have ended by now. None before the first and after `close`.
         self.connection: Connection | None = None
         # Takes a call back from it.

@@ -114,7 +114,7 @@ class Requests:
         self.methods = methods
         #: Where answers gather; the connection's own messages do too.
         self.out = out
-        self.encoder = Encoder(_packer_options(options.packer_options))
+        self.encoder = encoder_of(options)
         self.hub = gevent.get_hub()
         #: Every greenlet there is, and those of them that wait for a request.
         self.greenlets: set[RequestGreenlet] = set()
@@ -500,6 +500,11 @@ def _has_struck(exc: BaseException) -> bool:
     if traceback is None or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
     return traceback.tb_frame.f_code.co_code[traceback.tb_lasti] != _RAISE
+
+
+def encoder_of(options: ConnectionOptions) -> Encoder:
+    """What packs messages for a connection with ``options``."""
+    return Encoder(_packer_options(options.packer_options))
 
 
 def _packer_options(options: Mapping[str, Any]) -> Mapping[str, Any]:

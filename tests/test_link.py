@@ -516,6 +516,18 @@ def test_a_client_that_is_to_be_called_connects_again_by_itself(scripted: Script
     assert link_of(client)._connecting is None
 
 
+def test_what_cant_be_packed_cant_be_packed_without_a_connection_either(scripted: Scripted) -> None:
+    client = gmprpc.Client(scripted.address, packer_options={"default": str})
+    for is_connected in (False, True):
+        if is_connected:
+            client.connect()
+        for way in (client.call, client.call_async, client.notify):
+            with pytest.raises(TypeError, match="AsyncResult"):
+                way("m", AsyncResult())
+    assert client.statistics()["pending"] == 0
+    client.close()
+
+
 # Time-outs and cancelling.
 
 
