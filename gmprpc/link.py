@@ -31,6 +31,10 @@ from .requests import encoder_of
 from .streams import Stream
 from .transport import format_address
 
+# What fails at once, as a unix socket that isn't there does, would otherwise keep the loop for ever where
+# retry_interval is 0. Picked arbitrarily.
+_SHORTEST_PAUSE = 0.001
+
 
 class Owner(Protocol):
     """What a link needs of the client that it belongs to."""
@@ -288,7 +292,11 @@ class Link:
         if last.is_given_up or (is_peer and lifetime >= self._options.retry_interval):
             self._backoff.reset()
         else:  # A server that accepts and hangs up is as good as none, also if it says something before.
-            self._not_before = perf_counter() + self._backoff.next()
+            self._pause(self._backoff)
+
+    def _pause(self, backoff: Backoff) -> None:
+        """Another attempt has failed."""
+        self._not_before = perf_counter() + max(_SHORTEST_PAUSE, backoff.next())
 
     def _connect(self) -> None:
         me = self._connecting
@@ -326,16 +334,16 @@ class Link:
 
     def _fail(self, exc: BaseException) -> bool:
         """There is no connection, because of ``exc``; says whether to try again."""
-        may_try_again = self._backoff is not None and self._owner.is_worth_another_try(exc)
+        backoff = self._backoff if self._owner.is_worth_another_try(exc) else None
         if not isinstance(exc, Exception):  # A hook's, or the greenlet was killed.
             exc = ConnectFailed(f"can't connect: {text_of(exc)}")
         self._failure = exc
-        if may_try_again:
-            self._not_before = perf_counter() + self._backoff.next()  # type: ignore[union-attr]
+        if backoff is not None:
+            self._pause(backoff)
         else:
             self._fail_queue(exc)
         gevent.spawn(self._owner.report, exc)  # It may block, or call.
-        return may_try_again
+        return backoff is not None
 
     def _begin(self, stream: Stream) -> None:
         """Use the connection that has been made."""

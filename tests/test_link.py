@@ -187,6 +187,15 @@ def test_nobody_tries_to_connect_when_nobody_waits_any_more(scripted: Scripted, 
     wait_until(lambda: link._connecting is None)
 
 
+def test_attempts_without_a_pause_keep_nobody_from_his_turn(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+    client = gmprpc.Client(f"unix:{tmp_path}/none", retry_interval=0, on_error=lambda client, exc: errors.append(exc))
+    with pytest.raises(gmprpc.CallTimeout):
+        client.call("m", timeout=0.02)
+    client.close()
+    assert 1 <= len(errors) <= 30
+
+
 def test_a_client_that_doesnt_retry_fails_those_who_wait_at_once(scripted: Scripted) -> None:
     scripted.go()
     client = gmprpc.Client(scripted.address, retry_interval=None)
