@@ -338,6 +338,7 @@ def test_what_had_not_left_goes_elsewhere_unseen(places: list[Place], make: Any)
         assert raised.value.sent
         places[0].release.set()
         assert [call.get() for call in behind] == [["a", 1], ["a", 2], ["a", 3]]
+        wait_until(lambda: reported)
         assert [type(exc) for exc in reported] == [gmprpc.ConnectionClosed]  # Of the connection, and of nothing else.
 
 
