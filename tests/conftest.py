@@ -12,7 +12,7 @@ from gevent.event import Event
 
 import gmprpc
 
-from .helpers import Peer, listening
+from .helpers import Peer, Scripted, listening
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,14 @@ def client(server: gmprpc.Server) -> Iterator[gmprpc.Client]:
     """A client of ``server``, connected."""
     with gmprpc.Client(server.address) as client:
         yield client
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    """A server whose every byte the test decides on."""
+    scripted = Scripted()
+    yield scripted
+    scripted.close()
 
 
 @pytest.fixture

@@ -89,6 +89,26 @@ def listening(address: Any, family: int = socket.AF_INET) -> Any:
     return sock
 
 
+class Scripted:
+    """A server whose every byte the test decides on."""
+
+    def __init__(self) -> None:
+        self._listener = listening(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self._peers: list[Peer] = []
+
+    def accept(self) -> Peer:
+        """The server's end of the next connection."""
+        self._peers.append(Peer(self._listener.accept()[0]))
+        return self._peers[-1]
+
+    def close(self) -> None:
+        """Close everything."""
+        for peer in self._peers:
+            peer.close()
+        self._listener.close()
+
+
 def has_ipv6() -> bool:
     """Whether this machine can talk to itself by IPv6."""
     try:

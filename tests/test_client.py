@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gevent.threadpool import ThreadPool
 
 import gmprpc
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, Scripted, wait_until
 from .programs import Program
 
 # Calling.
@@ -439,33 +439,6 @@ def test_a_hook_that_calls_is_told_that_it_cant(server: gmprpc.Server) -> None:
 
 
 # The end of the connection.
-
-
-class Scripted:
-    """A server whose every byte the test decides on."""
-
-    def __init__(self) -> None:
-        self._listener = socket.socket()  # gevent's create_server makes sockets that block the hub.
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen()
-        self.address = self._listener.getsockname()
-        self._peers: list[Peer] = []
-
-    def accept(self) -> Peer:
-        self._peers.append(Peer(self._listener.accept()[0]))
-        return self._peers[-1]
-
-    def close(self) -> None:
-        for peer in self._peers:
-            peer.close()
-        self._listener.close()
-
-
-@pytest.fixture
-def scripted() -> Iterator[Scripted]:
-    scripted = Scripted()
-    yield scripted
-    scripted.close()
 
 
 def reset(peer: Peer) -> None:

@@ -11,34 +11,13 @@ import gevent
 import pytest
 from gevent import socket
 
-from .helpers import Peer, listening, wait_until
+from .helpers import Peer, Scripted, wait_until
 from .proxy import GARBAGE, Flow, Line, Proxy
 
 
-class Server:
-    """Listens, and lets the test be the server of each connection."""
-
-    def __init__(self) -> None:
-        self._listener = listening(("127.0.0.1", 0))
-        self.address = self._listener.getsockname()
-
-    def accept(self) -> Peer:
-        return Peer(self._listener.accept()[0])
-
-    def close(self) -> None:
-        self._listener.close()
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    with Proxy(server.address) as proxy:
+def proxy(scripted: Scripted) -> Iterator[Proxy]:
+    with Proxy(scripted.address) as proxy:
         yield proxy
 
 
@@ -61,14 +40,14 @@ def rest(peer: Peer) -> bytes | type[OSError]:
     return data
 
 
-def talk(proxy: Proxy, server: Server) -> tuple[Peer, Peer]:
+def talk(proxy: Proxy, scripted: Scripted) -> tuple[Peer, Peer]:
     """Both ends of a new connection."""
     client = Peer.connect(proxy.address)
-    return client, server.accept()
+    return client, scripted.accept()
 
 
-def test_it_passes_on_both_directions_and_both_ends(server: Server, proxy: Proxy) -> None:
-    client, ours = talk(proxy, server)
+def test_it_passes_on_both_directions_and_both_ends(scripted: Scripted, proxy: Proxy) -> None:
+    client, ours = talk(proxy, scripted)
     with client, ours:
         large = os.urandom(3_000_000)
         sending = gevent.spawn(client.send_bytes, large)
@@ -84,17 +63,17 @@ def test_it_passes_on_both_directions_and_both_ends(server: Server, proxy: Proxy
     assert proxy.count == 1
 
 
-def test_a_reset_by_one_side_is_one_for_the_other(server: Server, proxy: Proxy) -> None:
+def test_a_reset_by_one_side_is_one_for_the_other(scripted: Scripted, proxy: Proxy) -> None:
     for number in range(2):
-        pair = talk(proxy, server)
+        pair = talk(proxy, scripted)
         with pair[0], pair[1]:
             pair[number].reset()
             assert rest(pair[1 - number]) is ConnectionResetError
     wait_until(lambda: not proxy.lines)
 
 
-def test_who_cant_be_connected_to_the_server_is_reset(server: Server, proxy: Proxy) -> None:
-    server.close()
+def test_who_cant_be_connected_to_the_server_is_reset(scripted: Scripted, proxy: Proxy) -> None:
+    scripted.close()
     with Peer.connect(proxy.address) as client:
         assert rest(client) is ConnectionResetError
     assert not proxy.lines
@@ -104,13 +83,13 @@ def test_who_cant_be_connected_to_the_server_is_reset(server: Server, proxy: Pro
 @pytest.mark.parametrize("direction", ["requests", "answers"])
 @pytest.mark.parametrize("action", [Flow.reset, Flow.cut, Flow.half_close, Flow.swallow])
 def test_what_is_planned_happens_at_its_byte(
-    server: Server, proxy: Proxy, position: int, direction: str, action: Callable[[Flow], None]
+    scripted: Scripted, proxy: Proxy, position: int, direction: str, action: Callable[[Flow], None]
 ) -> None:
     def plan(line: Line) -> None:
         getattr(line, direction).at(position, action)
 
     proxy.plan = plan
-    client, ours = talk(proxy, server)
+    client, ours = talk(proxy, scripted)
     with client, ours:
         sender, receiver = (client, ours) if direction == "requests" else (ours, client)
         # In two parts: it makes no difference how the bytes arrive.
@@ -135,22 +114,22 @@ def test_what_is_planned_happens_at_its_byte(
             assert rest(receiver) == b""
 
 
-def test_faults_at_one_byte_happen_in_the_order_of_the_plan(server: Server, proxy: Proxy) -> None:
+def test_faults_at_one_byte_happen_in_the_order_of_the_plan(scripted: Scripted, proxy: Proxy) -> None:
     def plan(line: Line) -> None:
         line.requests.at(2, lambda flow: flow.insert(b"1"))
         line.requests.at(2, lambda flow: flow.insert(b"2"))
 
     proxy.plan = plan
-    client, ours = talk(proxy, server)
+    client, ours = talk(proxy, scripted)
     with client, ours:
         client.send_bytes(b"abcd")
         assert receive(ours, 6) == b"ab12cd"
         assert proxy.line.requests.position == 4
 
 
-def test_garbage_can_be_put_between_two_messages(server: Server, proxy: Proxy) -> None:
+def test_garbage_can_be_put_between_two_messages(scripted: Scripted, proxy: Proxy) -> None:
     proxy.plan = lambda line: line.answers.between_messages(3, Flow.insert)
-    client, ours = talk(proxy, server)
+    client, ours = talk(proxy, scripted)
     with client, ours:
         # The byte 3 is in the second message: its end counts, in whatever parts it comes.
         for part in (b"\x92\x01\x02\xa3", b"a", b"bc\x92\xa1", b"x\x01"):
@@ -158,9 +137,9 @@ def test_garbage_can_be_put_between_two_messages(server: Server, proxy: Proxy) -
         assert receive(client, 12) == b"\x92\x01\x02\xa3abc" + GARBAGE + b"\x92\xa1x\x01"
 
 
-def test_what_is_stalled_is_held_until_it_goes_on(server: Server) -> None:
-    with Proxy(server.address, buffer_size=65536) as proxy:
-        client, ours = talk(proxy, server)
+def test_what_is_stalled_is_held_until_it_goes_on(scripted: Scripted) -> None:
+    with Proxy(scripted.address, buffer_size=65536) as proxy:
+        client, ours = talk(proxy, scripted)
         with client, ours:
             client.send_bytes(b"before")
             assert receive(ours, 6) == b"before"
@@ -181,8 +160,10 @@ def test_what_is_stalled_is_held_until_it_goes_on(server: Server) -> None:
 @pytest.mark.parametrize(
     "slow", [lambda flow: flow.delay(0.1), lambda flow: flow.lag(0.1), lambda flow: flow.throttle(1000)]
 )
-def test_what_is_slowed_down_comes_late_and_whole(server: Server, proxy: Proxy, slow: Callable[[Flow], None]) -> None:
-    client, ours = talk(proxy, server)
+def test_what_is_slowed_down_comes_late_and_whole(
+    scripted: Scripted, proxy: Proxy, slow: Callable[[Flow], None]
+) -> None:
+    client, ours = talk(proxy, scripted)
     with client, ours:
         wait_until(lambda: proxy.lines)
         slow(proxy.line.requests)
@@ -198,8 +179,8 @@ def test_what_is_slowed_down_comes_late_and_whole(server: Server, proxy: Proxy, 
         assert time.perf_counter() - begin < 0.099
 
 
-def test_it_refuses_for_a_while_and_listens_again_at_the_same_address(server: Server, proxy: Proxy) -> None:
-    client, ours = talk(proxy, server)
+def test_it_refuses_for_a_while_and_listens_again_at_the_same_address(scripted: Scripted, proxy: Proxy) -> None:
+    client, ours = talk(proxy, scripted)
     with client, ours:
         address = proxy.address
         proxy.refuse()
@@ -211,14 +192,14 @@ def test_it_refuses_for_a_while_and_listens_again_at_the_same_address(server: Se
         assert rest(client) is ConnectionResetError
         proxy.listen()
         assert proxy.address == address
-    client, ours = talk(proxy, server)
+    client, ours = talk(proxy, scripted)
     with client, ours:
         client.send_bytes(b"again")
         assert receive(ours, 5) == b"again"
 
 
-def test_the_server_may_move(server: Server, proxy: Proxy) -> None:
-    other = Server()
+def test_the_server_may_move(scripted: Scripted, proxy: Proxy) -> None:
+    other = Scripted()
     proxy.target = other.address
     client, ours = talk(proxy, other)
     with client, ours:
@@ -227,14 +208,14 @@ def test_the_server_may_move(server: Server, proxy: Proxy) -> None:
     other.close()
 
 
-def test_it_leaves_nothing_behind(server: Server) -> None:
+def test_it_leaves_nothing_behind(scripted: Scripted) -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
     before = descriptors()
     lives: list[Any] = []
-    with Proxy(server.address) as proxy:
-        pairs = [talk(proxy, server) for _ in range(20)]
+    with Proxy(scripted.address) as proxy:
+        pairs = [talk(proxy, scripted) for _ in range(20)]
         proxy.line.requests.stall()
         lives += proxy._lives
     for client, ours in pairs:
