@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
+import gevent
 from gevent import get_hub, monkey
 from gevent.hub import set_hub  # type: ignore[attr-defined]  # The stubs forgot it.
 
@@ -150,6 +151,9 @@ _all: weakref.WeakSet[PerHub[Any]] = weakref.WeakSet()
 
 def _abandon_all() -> None:
     global _threads
+    # Otherwise what this process asks of gevent's thread pool next, to resolve a name, would get lost, if its parent's
+    # has done anything before. gevent's own fork, which is `os.fork` where that is patched, does the same.
+    gevent.reinit()
     _threads = _Local()  # This thread's object is that of the parent's thread.
     abandoned: list[Any] = []
     for user in list(_all):
