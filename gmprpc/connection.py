@@ -415,6 +415,10 @@ class Connection:
         """Close at once: the thread in which this is called, its own, ends, and its loop perhaps has."""
         if self._hub.loop is None:
             self._stream.close()
+            # Without a loop the greenlet that is its life can't be ended: it stays, and keeps this alive.
+            self._phase = _CLOSED
+            self._decoder.abandon()
+            self._requests.encoder.release()
         else:
             self.abort()
 

@@ -181,6 +181,7 @@ class PlainStream:
         with suppress(OSError):
             self._socket.shutdown(stdlib_socket.SHUT_RDWR)
         self._socket.close()
+        self._buffer = _NO_BUFFER  # Whoever still has this stream needn't keep that one alive.
 
     def abandon(self) -> None:
         self._socket.close()
@@ -402,6 +403,7 @@ def _set_up_tcp(sock: stdlib_socket.socket, write_timeout: float | None) -> None
 
 
 _buffers: weakref.WeakKeyDictionary[Any, memoryview] = weakref.WeakKeyDictionary()
+_NO_BUFFER = memoryview(b"")
 
 
 def _buffer_of(hub: Any) -> memoryview:
