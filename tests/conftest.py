@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -108,3 +108,22 @@ def tcp_sockets() -> Iterator[tuple[Any, Any]]:
         peers, _ = listener.accept()
     with ours, peers:
         yield ours, peers
+
+
+@pytest.fixture
+def _each_call_ends_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No pending call may be given an outcome when it has one."""
+    ended_twice: list[Any] = []
+
+    def watched(end: Callable[..., None]) -> Callable[..., None]:
+        def watch(call: Any, *args: Any) -> None:
+            if call.ready():
+                ended_twice.append((call.method, args))
+            end(call, *args)
+
+        return watch
+
+    for name in ("set", "set_exception"):
+        monkeypatch.setattr(gmprpc.PendingCall, name, watched(getattr(gmprpc.PendingCall, name)))
+    yield
+    assert not ended_twice
