@@ -168,9 +168,7 @@ class Flow:
 class Line:
     """One connection through the proxy."""
 
-    def __init__(self, number: int, client: socket.socket, server: socket.socket) -> None:
-        #: How many connections there were before.
-        self.number = number
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
         #: True once both sides are closed.
         self.is_over = False
         #: From the client to the server.
@@ -219,7 +217,7 @@ class Proxy:
         self.plan: Callable[[Line], Any] | None = None
         #: Those that there are now.
         self.lines: list[Line] = []
-        #: How many there were since the beginning.
+        #: How many there were since the beginning, each with its plan.
         self.count = 0
         self._buffer_size = buffer_size
         self._lives: set[Any] = set()
@@ -285,8 +283,7 @@ class Proxy:
 
     def _run(self, client: socket.socket) -> None:
         server = socket.socket()
-        line = Line(self.count, client, server)
-        self.count += 1
+        line = Line(client, server)
         try:
             for sock in (client, server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -300,6 +297,7 @@ class Proxy:
         except BaseException:
             line.reset()
             raise
+        self.count += 1
         self.lines.append(line)
         try:
             if self.plan is not None:

@@ -5,13 +5,16 @@ The server is a process that counts how often it carries out each call, and betw
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gevent
 import msgpack
 import pytest
+import trustme
 
 import gmprpc
 
@@ -68,6 +71,7 @@ def connect_anew(proxy: Proxy, client: gmprpc.Client, direction: str, fault: Cal
         fault(getattr(line, direction))
 
     client.close()
+    wait_until(lambda: proxy.count == client.statistics()["connections"])  # Each has come to the proxy.
     proxy.plan = plan
     client.connect()
 
@@ -428,3 +432,61 @@ def test_a_line_that_stalls_for_a_while_loses_nothing(
         flow.go_on()
         assert [call.outcome() for call in calls] == [call.number for call in calls]
     wait_until(lambda: client.statistics()["late_answers"] == 2)
+
+
+# TLS.
+
+
+_TLS_POSITIONS = 25
+
+
+@pytest.mark.parametrize(
+    "direction, end",
+    [
+        *(("requests", end) for end in (Flow.reset, Flow.cut)),  # To a half-close a server's TLS objects: a refusal.
+        *(("answers", end) for end in (Flow.reset, Flow.cut, Flow.half_close)),
+    ],
+)
+def test_over_tls_an_end_anywhere_costs_no_call_that_had_not_left(
+    tmp_path: Path, direction: str, end: Callable[[Flow], None]
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    executions: Counter[int] = Counter()
+    outcomes: dict[int, Any] = {}
+
+    def do(number: int) -> int:
+        executions[number] += 1
+        return number
+
+    with (
+        gmprpc.Server(("127.0.0.1", 0), ssl_context=gmprpc.tls.server_context(tmp_path / "server.pem")) as server,
+        Proxy(server.address) as proxy,
+    ):
+        server.register(do)
+        client = gmprpc.Client(
+            proxy.address,
+            timeout=LONG,
+            retry_interval=0.001,
+            ssl_context=gmprpc.tls.client_context(tmp_path / "authority.pem"),
+            server_hostname="localhost",
+        )
+        with client:  # First without a fault, to see how much there is.
+            outcomes[0] = client.call("do", 0)
+            size = getattr(proxy.line, direction).position
+        for number in range(1, _TLS_POSITIONS):
+            proxy.plan = partial(_end_once, proxy, direction, size * number // _TLS_POSITIONS, end)
+            client.is_closed = False  # Lazily: it is the call that connects.
+            outcomes[number] = outcome(client.call, "do", number)
+            client.close()
+        wait_until(lambda: not server.connections)
+    for number, found in outcomes.items():
+        assert (found, executions[number]) == (number, 1) or (is_lost(found) and executions[number] <= 1), number
+    # Most bytes are those of the handshake, behind which nothing of a call leaves.
+    assert sum(found == number for number, found in outcomes.items()) >= _TLS_POSITIONS // 2
+
+
+def _end_once(proxy: Proxy, direction: str, position: int, end: Callable[[Flow], None], line: Line) -> None:
+    proxy.plan = None
+    getattr(line, direction).at(position, end)
