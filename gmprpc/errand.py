@@ -18,6 +18,7 @@ class Errand:
         "_which",
         "begun",
         "cancel_on_timeout",
+        "has_left",
         "method",
         "params",
         "timeout",
@@ -40,6 +41,8 @@ class Errand:
         self.timeout = timeout
         #: Whether the endpoint is told when time is up; None leaves that to its client.
         self.cancel_on_timeout = cancel_on_timeout
+        #: True once it has left, to whatever endpoint: it may have been carried out.
+        self.has_left = False
         #: When the call was made.
         self.begun = self._unsent_since = perf_counter()
         self._which = which
@@ -59,16 +62,18 @@ class Errand:
         return max(0.0, self._connect_timeout - (perf_counter() - self._unsent_since))
 
     def may_go_on_after(self, closed: ConnectionClosed) -> bool:
-        """Whether it may be sent to another endpoint, now that a connection has failed."""
-        if not closed.sent:
+        """Whether it may be sent to another endpoint, now that a connection has failed; else raise ``closed``."""
+        was_sent, closed.sent = closed.sent, closed.sent or self.has_left
+        if not was_sent:
             return True
+        self.has_left = True
         self._unsent_since = perf_counter()
         return self._idempotent
 
     def timed_out(self, late: CallTimeout) -> CallTimeout:
         """What to raise in place of ``late``: it says what the caller said, not what was left of that."""
         assert self.timeout is not None  # Or else nothing was given a time.
-        timeout = CallTimeout(self.method, self.timeout, which=self._which, sent=late.sent)
+        timeout = CallTimeout(self.method, self.timeout, which=self._which, sent=late.sent or self.has_left)
         timeout.__cause__ = late.__cause__
         return timeout
 
@@ -76,9 +81,9 @@ class Errand:
         """What to raise when there was no endpoint in time."""
         error: CallTimeout | ConnectFailed
         if self.timeout is not None:
-            error = CallTimeout(self.method, self.timeout, which=self._which, sent=False)
+            error = CallTimeout(self.method, self.timeout, which=self._which, sent=self.has_left)
         else:
             why = "" if cause is None else f": {cause}"
-            error = ConnectFailed(f"no endpoint was usable within {self._connect_timeout:g} s{why}")
+            error = ConnectFailed(f"no endpoint was usable within {self._connect_timeout:g} s{why}", sent=self.has_left)
         error.__cause__ = cause
         return error

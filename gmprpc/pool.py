@@ -211,7 +211,7 @@ class Pool:
                 if (endpoint := self._choose()) is not None:
                     return endpoint
                 if self._end is not None:
-                    raise ConnectionClosed(self._end)
+                    raise ConnectionClosed(self._end, sent=errand.has_left)
                 if not self._endpoints:
                     self._look_up_soon()
                 patience = errand.patience()
@@ -240,7 +240,7 @@ class Pool:
 
     def may_go_on(self, errand: Errand, closed: ConnectionClosed) -> bool:
         """Whether ``errand`` may be sent to another endpoint, now that a connection has failed."""
-        if self._end is not None or not errand.may_go_on_after(closed):
+        if not errand.may_go_on_after(closed) or self._end is not None:
             return False
         self._counts["moved_calls"] += 1
         return True

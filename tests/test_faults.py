@@ -111,6 +111,32 @@ def test_idempotent_calls_end_at_their_deadline_where_the_server_stays_away(
     assert [server.executions(call.number) for call in calls] == [1, 1]
 
 
+@pytest.mark.parametrize("end", ["timeout", "close", "connect_timeout"])
+def test_idempotent_calls_that_a_balancer_cant_make_again_say_that_they_had_left(
+    server: CountingServer, end: str
+) -> None:
+    limits: dict[str, Any] = {} if end == "close" else {end: 0.3}
+    balancer = gmprpc.Balancer([server.address], **limits)
+    calls = begin(server, balancer, "hold", "never", idempotent=True)
+    server.wait_begun(*(call.number for call in calls))
+    server.kill()
+    wait_until(lambda: not balancer.statistics()["usable_endpoints"])
+    later = begin(server, balancer, "hold", "never", idempotent=True)
+    if end == "close":
+        gevent.sleep(0)
+        balancer.close()
+    expected = {
+        "timeout": gmprpc.CallTimeout,
+        "close": gmprpc.ConnectionClosed,
+        "connect_timeout": gmprpc.ConnectFailed,
+    }
+    ended = [call.outcome() for call in calls]
+    assert [(type(exc), exc.sent) for exc in ended] == [(expected[end], True)] * 2
+    # Unlike those that were made only then.
+    assert [call.outcome().sent for call in later] == [False, False]
+    balancer.close()
+
+
 @pytest.mark.parametrize("end", ["close", "connect_timeout", "retry_interval"])
 def test_idempotent_calls_that_cant_be_made_again_say_that_they_had_left(server: CountingServer, end: str) -> None:
     options: dict[str, Any] = {"connect_timeout": 0.2} if end == "connect_timeout" else {}
