@@ -21,7 +21,6 @@ from .exceptions import ConnectFailed
 from .transport import UNIX_PREFIX, format_address, parse_address
 
 _getaddrinfo: Callable[..., list[Any]] = monkey.get_original("socket", "getaddrinfo")
-_was_forked_off = False
 
 BeforeConnect = Callable[[socket.socket], Any]
 
@@ -68,16 +67,11 @@ def connect(address: Any, before_connect: BeforeConnect | None = None) -> socket
 
 def _resolve(host: str, port: int) -> list[Any]:
     """The addresses of ``host``, as ``getaddrinfo`` gives them."""
-    global _was_forked_off
     try:
         # What is an address already needs no thread that looks it up.
         return _getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass
-    if _was_forked_off:
-        # The threads of gevent's resolver are made anew by a watcher of the loop, which has to run first.
-        gevent.sleep(0.001)
-        _was_forked_off = False
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
@@ -206,8 +200,6 @@ class _Attempt:
 
 def _abandon_all() -> None:
     """Leave every attempt to the process that this one was just forked off from."""
-    global _was_forked_off
-    _was_forked_off = True
     for attempt in list(_attempts):
         attempt.close()
 
