@@ -459,6 +459,7 @@ class Connection:
             self._loop.run_callback(self._take_turn)
             self._idle_deadline.put_off()
             self._sleep()
+            self._idle_deadline.lift()  # Where it had ended before it was run.
         except BaseException:  # This greenlet is killed.
             self._life = None
             self.abort()

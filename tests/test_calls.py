@@ -157,3 +157,11 @@ def test_an_error_that_cant_be_looked_at_is_an_end_too(calls: Calls) -> None:
     in_hub(calls.pending.pop(0), [1, 0, Strange(), None])
     with pytest.raises(ValueError, match="ambiguous"):
         pending.get()
+
+
+def test_a_time_out_of_call_async_that_comes_together_with_the_answer_changes_nothing() -> None:
+    pending = PendingCall("method")
+    pending.limit(gevent.get_hub().loop, 1000, False)
+    pending.set("answer")
+    pending._expire(1000, False)
+    assert pending.get() == "answer"

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -655,6 +656,52 @@ def test_what_a_stream_has_taken_may_have_left_whatever_it_owns_up_to(service: g
         assert caught.value.sent is is_sent
     life.join()
     theirs.close()
+
+
+def test_what_has_ended_is_not_lost_too(pair: Any) -> None:
+    pair.connection.close()
+    pair.connection.lose(TimeoutError("no answer"))
+    assert pair.life.get() is None
+
+
+def test_a_connection_that_ends_before_it_is_run_leaves_no_timer(service: gmprpc.Service) -> None:
+    ours, theirs = socket.socketpair()
+    connection = Connection(
+        PlainStream(ours), service.table(), ConnectionOptions(idle_timeout=1000), counters=Counters()
+    )
+    connection.lose(TimeoutError("no more"))
+    assert isinstance(connection.run(), gmprpc.ConnectionClosed)
+    assert not connection._idle_deadline.is_set
+    theirs.close()
+
+
+def test_a_connection_of_a_loop_that_is_gone_is_closed_where_its_thread_ends(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.connection, "_hub", SimpleNamespace(loop=None))
+        pair.connection.leave()
+    assert pair.peer.receive_rest() == []
+    pair.life.get()
+
+
+def test_a_connection_whose_thread_ends_is_closed(pair: Any) -> None:
+    pair.connection.leave()
+    assert pair.connection.is_closed
+    assert pair.peer.receive_rest() == []
+
+
+def test_what_the_connections_of_a_hub_shared_is_forgotten_with_it() -> None:
+    class Hub:
+        loop = gevent.get_hub().loop
+
+    hub = Hub()
+    shared = [connection._Stage.of(hub), Sweeper.of(hub)]
+    assert [connection._Stage.of(hub), Sweeper.of(hub)] == shared
+    for _ in range(2):
+        Connection.forget_hub(hub)
+        assert not {connection._Stage.of(hub), Sweeper.of(hub)} & set(shared)
+    Connection.forget_hub(hub)
 
 
 # Time-outs.
