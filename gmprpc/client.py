@@ -202,7 +202,7 @@ class Client:
 
         ``timeout`` and ``cancel_on_timeout`` are the client's, unless they are given. A request that has not left when
         the connection is lost goes out on the next one. One that has left may have been carried out, and the call
-        fails, unless it is ``idempotent``: then it is sent again.
+        fails, unless it is ``idempotent``: then it is sent again, but no more than twice if there is no time-out.
 
         Raises:
             RemoteError: the server answered an error; MethodNotFound if it has no such method.

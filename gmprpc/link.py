@@ -34,6 +34,8 @@ from .transport import format_address
 # What fails at once, as a unix socket that isn't there does, would otherwise keep the loop for ever where
 # retry_interval is 0. Picked arbitrarily.
 _SHORTEST_PAUSE = 0.001
+# How often a call that is idempotent, and has no time-out to end it, is sent at most. Picked arbitrarily.
+_MOST_ATTEMPTS = 3
 
 
 class Owner(Protocol):
@@ -101,21 +103,22 @@ class Link:
     def call(self, method: str, params: tuple[Any, ...], timeout: float | None, is_idempotent: bool, tell: bool) -> Any:
         """The result of a call, once it is there; see :meth:`gmprpc.Client.call`."""
         begun = perf_counter()
-        has_returned = was_sent = False
+        has_returned, times_sent = False, 0
         connection = self.connection
         if connection is not None and not self._queue and connection.has_room(self._max_pending):
             try:
                 return connection.calls.call(method, params, timeout, tell)
             except ConnectionClosed as exc:
+                exc._body = None
                 if not self._may_go_again(connection, exc, is_idempotent):
                     raise
-                has_returned, was_sent = True, exc.sent
+                has_returned, times_sent = True, int(exc.sent)
         if gevent.getcurrent() is self._hub:
             raise RuntimeError(IN_HUB)
         check_timeout("timeout", timeout)
         call = PendingCall(method)
         waiting = _Waiting(call, self._encoder.body(method, params), is_idempotent=is_idempotent)
-        waiting.has_returned, waiting.was_sent = has_returned, was_sent
+        waiting.has_returned, waiting.times_sent = has_returned, times_sent
         self._enqueue(waiting, timeout, tell, begun)
         return self._result_of(call, tell)
 
@@ -254,17 +257,19 @@ class Link:
         self, connection: Connection, waiting: _Waiting | None, call: PendingCall, closed: ConnectionClosed
     ) -> bool:
         """Queue a call again whose connection has ended; False if that can't be; in the hub."""
-        # Without pauses a server that accepts and hangs up would be tried again, and again, without an end.
-        is_last = waiting is not None and waiting.has_returned and self._backoff is None
-        is_idempotent = waiting is not None and waiting.is_idempotent
-        if is_last or not self._may_go_again(connection, closed, is_idempotent):
-            closed.sent |= waiting is not None and waiting.was_sent
-            return False
+        body, closed._body = closed._body, None  # It may be large, and errors are kept and sent around.
         if waiting is None:
-            assert closed._body is not None
-            waiting = _Waiting(call, closed._body)
-        waiting.has_returned = True
-        waiting.was_sent |= closed.sent
+            waiting = _Waiting(call, body)
+        # Without pauses a server that accepts and hangs up would be tried without an end; and so would one that dies of
+        # this very call, if the call has all the time in the world.
+        times_sent = waiting.times_sent + closed.sent
+        is_last = (waiting.has_returned and self._backoff is None) or (
+            times_sent >= _MOST_ATTEMPTS and not call.is_limited
+        )
+        if is_last or not self._may_go_again(connection, closed, waiting.is_idempotent):
+            closed.sent |= waiting.was_sent
+            return False
+        waiting.has_returned, waiting.times_sent = True, times_sent
         self._returned[call] = waiting
         self._await(waiting)
         return True
@@ -480,7 +485,7 @@ def _own(exc: Exception, was_sent: bool) -> Exception:
 class _Waiting:
     """Something that waits to be sent: a request, a notification, or nothing but that there is a connection."""
 
-    __slots__ = ("body", "call", "gone", "has_returned", "is_idempotent", "is_notification", "timer", "was_sent")
+    __slots__ = ("body", "call", "gone", "has_returned", "is_idempotent", "is_notification", "timer", "times_sent")
 
     def __init__(
         self, call: PendingCall, body: bytes | None, *, is_idempotent: bool = False, is_notification: bool = False
@@ -491,12 +496,18 @@ class _Waiting:
         self.body = body
         self.is_idempotent = is_idempotent
         self.is_notification = is_notification
-        #: True once it was taken back from a connection that has ended; and if it may have left there.
-        self.has_returned = self.was_sent = False
+        #: True once it was taken back from a connection that has ended; and from how many it may have left.
+        self.has_returned = False
+        self.times_sent = 0
         #: Limits its time while there is no connection, where nothing else does.
         self.timer: Any = None
         #: Set when it is no longer in a queue, where somebody waits for that.
         self.gone: Event | None = None
+
+    @property
+    def was_sent(self) -> bool:
+        """Whether it may have left on a connection that has ended."""
+        return self.times_sent > 0
 
     def lift(self) -> None:
         """There is a connection: its time isn't limited any more."""

@@ -59,13 +59,16 @@ class EndpointStatus:
     error: Exception | None
 
 
+class _Refusal(ConnectFailed):
+    """An endpoint's client isn't to connect at the moment."""
+
+
 class EndpointClient(Client):
     """Connects only when its pool wants that: what waits for a connection had better go to another endpoint."""
 
     may_connect = False
     #: Called when it wants to connect and may not.
     on_refusal: Callable[[], None] | None = None
-    _refusal: ConnectFailed | None = None
 
     @property
     def late_answers(self) -> int:
@@ -79,12 +82,13 @@ class EndpointClient(Client):
         if self.on_refusal is not None:
             self.on_refusal()
         last = self.connection
-        self._refusal = ConnectFailed("the connection was closed before the request was sent")
-        raise self._refusal from (None if last is None else last.error)
+        raise _Refusal("the connection was closed before the request was sent") from (
+            None if last is None else last.error
+        )
 
     def report(self, exc: Exception) -> None:
         """See :meth:`Client.report`."""
-        if exc is not self._refusal:  # That was no attempt.
+        if not isinstance(exc, _Refusal):  # That was no attempt.
             super().report(exc)
 
 

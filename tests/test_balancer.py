@@ -339,7 +339,9 @@ def test_what_had_not_left_goes_elsewhere_unseen(places: list[Place], make: Any)
         places[0].release.set()
         assert [call.get() for call in behind] == [["a", 1], ["a", 2], ["a", 3]]
         wait_until(lambda: reported)
-        assert [type(exc) for exc in reported] == [gmprpc.ConnectionClosed]  # Of the connection, and of nothing else.
+        assert [type(exc) for exc in reported] == [gmprpc.ConnectionClosed], (
+            reported
+        )  # Of the connection, and of nothing else.
 
 
 def test_a_notification_goes_to_one_that_is_there(places: list[Place], make: Any) -> None:

@@ -152,8 +152,9 @@ def test_idempotent_calls_that_cant_be_made_again_say_that_they_had_left(server:
         gevent.sleep(0)
         client.close()
     ended = [call.outcome() for call in calls]
-    expected = gmprpc.ConnectionClosed if end == "close" else gmprpc.ConnectFailed
-    assert [(type(closed), closed.sent) for closed in ended] == [(expected, True)] * 2
+    # A dying process may still have somebody in the queue of its listener; that is the second connection then.
+    expected = gmprpc.ConnectFailed if end == "connect_timeout" else gmprpc.ConnectionClosed
+    assert all(isinstance(closed, expected) and closed.sent is True for closed in ended)
     # Unlike those that were made only then.
     assert all(call.outcome().sent is False for call in later)
     client.close()

@@ -369,6 +369,23 @@ def test_also_who_had_not_left_the_second_time_is_told_that_the_request_had_left
     client.close()
 
 
+def test_an_idempotent_call_without_a_time_out_is_sent_three_times_at_most(
+    scripted: Scripted, client: gmprpc.Client
+) -> None:
+    # It may be what the server dies of.
+    calls = ways(client, "deadly", b"x" * 1000, idempotent=True)
+    for _ in range(3):
+        peer = scripted.accept()
+        assert [peer.receive()[2] for _ in range(2)] == ["deadly"] * 2
+        peer.close()
+    for call in calls:
+        with pytest.raises(gmprpc.ConnectionClosed) as caught:
+            call.get()
+        assert caught.value.sent is True
+        assert caught.value._body is None
+    assert client.statistics()["resent_requests"] == 4
+
+
 def test_a_server_that_hangs_up_at_once_is_not_asked_without_a_pause(scripted: Scripted) -> None:
     client = gmprpc.Client(scripted.address, retry_interval=0.05, max_retry_interval=0.05)
     waits: list[int] = []
