@@ -608,6 +608,33 @@ def test_answers_that_nobody_reads_are_not_looked_through_when_the_peer_has_gone
     assert not looks
 
 
+def test_what_came_before_a_stream_was_cut_off_is_answered(service: gmprpc.Service) -> None:
+    # As TLS is cut off: nothing more will come, but something may still be sent.
+    ours, theirs = socket.socketpair()
+    stream = PlainStream(ours)
+    recv = stream.recv
+
+    def recv_or_fail() -> bytes:
+        if not (data := recv()):
+            stream.recv = recv  # type: ignore[method-assign]  # The farewell listens to the plain stream.
+            raise EOFError("cut off")
+        return data
+
+    stream.recv = recv_or_fail  # type: ignore[method-assign]
+    connection = Connection(stream, service.table(), ConnectionOptions(), counters=Counters())
+    life = gevent.spawn(connection.run)
+    peer = Peer(theirs)
+    peer.send([0, 1, "hold", [1]])
+    peer.shutdown()
+    wait_until(lambda: not connection.is_open)
+    service.methods["release"]()
+    assert peer.receive_rest() == [[1, 1, None, 1]]
+    peer.close()
+    error = life.get()
+    assert isinstance(error, gmprpc.ConnectionClosed)
+    assert str(error) == "connection lost: cut off"
+
+
 def test_a_stream_that_takes_nothing_for_a_moment_is_written_to_later(service: gmprpc.Service) -> None:
     # The kernel may be just full, and may wake up who waits for nothing.
     refusals = [1, 1, 0, 1, 1, 1]
@@ -681,8 +708,9 @@ def test_a_connection_of_a_loop_that_is_gone_is_closed_where_its_thread_ends(
     with monkeypatch.context() as patch:
         patch.setattr(pair.connection, "_hub", SimpleNamespace(loop=None))
         pair.connection.leave()
+    assert pair.connection.is_closed
     assert pair.peer.receive_rest() == []
-    pair.life.get()
+    pair.life.kill()  # Where there really is no loop it stays, and does no harm.
 
 
 def test_a_connection_whose_thread_ends_is_closed(pair: Any) -> None:
