@@ -12,20 +12,10 @@ from .endpoints import Endpoint
 from .errand import Errand
 from .exceptions import CallTimeout, ConnectionClosed
 from .metrics import Counters
-from .options import check_timeout
+from .options import DEFAULT, check_timeout
 from .perhub import PerHub
 from .pool import GAUGES, EndpointStatus, Pool, Settings
 from .reply import PendingCall
-
-
-class _Default:
-    """Says that a parameter wasn't given, where None means something."""
-
-    def __repr__(self) -> str:
-        return "<the balancer's own>"
-
-
-_DEFAULT: Any = _Default()
 
 
 class Balancer:
@@ -95,7 +85,7 @@ class Balancer:
         self,
         method: str,
         *params: Any,
-        timeout: float | None = _DEFAULT,
+        timeout: float | None = DEFAULT,
         idempotent: bool = False,
         cancel_on_timeout: bool | None = None,
     ) -> Any:
@@ -121,7 +111,7 @@ class Balancer:
         self,
         method: str,
         *params: Any,
-        timeout: float | None = _DEFAULT,
+        timeout: float | None = DEFAULT,
         idempotent: bool = False,
         cancel_on_timeout: bool | None = None,
     ) -> PendingCall:
@@ -137,7 +127,7 @@ class Balancer:
         errand = self._errand(method, params, timeout, idempotent=idempotent, cancel_on_timeout=cancel_on_timeout)
         return _AsyncCall(self._pool(), errand).begin()
 
-    def notify(self, method: str, *params: Any, timeout: float | None = _DEFAULT) -> None:
+    def notify(self, method: str, *params: Any, timeout: float | None = DEFAULT) -> None:
         """Call ``method`` of one endpoint without an answer: whether it arrives and succeeds can't be known.
 
         Waits for an endpoint, if none is usable; raises like :meth:`call`, but for what an answer would bring.
@@ -212,7 +202,7 @@ class Balancer:
 
     def _errand(self, method: str, params: tuple[Any, ...], timeout: float | None, **options: Any) -> Errand:
         which = "call"
-        if timeout is _DEFAULT:
+        if timeout is DEFAULT:
             timeout, which = self.timeout, "balancer"
         else:
             check_timeout("timeout", timeout)

@@ -21,6 +21,7 @@ from .metrics import Counters
 from .options import (
     CLIENT_MAX_MESSAGE_SIZE,
     CONNECT_TIMEOUT,
+    DEFAULT,
     MAX_CONCURRENCY,
     MAX_PENDING,
     MAX_RETRY_INTERVAL,
@@ -41,16 +42,6 @@ from .transport import UNIX_HOST, UNIX_PREFIX, format_address, parse_address
 logger = logging.getLogger("gmprpc.client")
 
 Hook = Callable[..., Any]
-
-
-class _Default:
-    """Says that a parameter wasn't given, where None means something."""
-
-    def __repr__(self) -> str:
-        return "<the client's own>"
-
-
-_DEFAULT: Any = _Default()
 
 
 class Client:
@@ -194,7 +185,7 @@ class Client:
         self,
         method: str,
         *params: Any,
-        timeout: float | None = _DEFAULT,
+        timeout: float | None = DEFAULT,
         idempotent: bool = False,
         cancel_on_timeout: bool | None = None,
     ) -> Any:
@@ -214,7 +205,7 @@ class Client:
             TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
         """
         tell = self.cancel_on_timeout if cancel_on_timeout is None else cancel_on_timeout
-        if timeout is not _DEFAULT:
+        if timeout is not DEFAULT:
             return self._links.get().call(method, params, timeout, idempotent, tell)
         try:
             return self._links.get().call(method, params, self.timeout, idempotent, tell)
@@ -225,7 +216,7 @@ class Client:
         self,
         method: str,
         *params: Any,
-        timeout: float | None = _DEFAULT,
+        timeout: float | None = DEFAULT,
         idempotent: bool = False,
         cancel_on_timeout: bool | None = None,
     ) -> PendingCall:
@@ -239,21 +230,21 @@ class Client:
             TypeError, ValueError, OverflowError: the params can't be packed. Nothing was sent.
         """
         tell = self.cancel_on_timeout if cancel_on_timeout is None else cancel_on_timeout
-        if timeout is not _DEFAULT:
+        if timeout is not DEFAULT:
             return self._links.get().call_async(method, params, timeout, idempotent, tell, "call")
         call = self._links.get().call_async(method, params, self.timeout, idempotent, tell, "client")
         if call.is_limited:
             call.which = "client"
         return call
 
-    def notify(self, method: str, *params: Any, timeout: float | None = _DEFAULT) -> None:
+    def notify(self, method: str, *params: Any, timeout: float | None = DEFAULT) -> None:
         """Call ``method`` without an answer: whether it arrives and succeeds can't be known.
 
         Waits for the connection, if there is none yet, and while more than ``max_unsent_size`` bytes wait to be sent;
         raises like :meth:`call`, but for what an answer would bring. It leaves at the latest when this greenlet waits
         for something, when the client is closed, or at exit.
         """
-        if timeout is not _DEFAULT:
+        if timeout is not DEFAULT:
             self._links.get().notify(method, params, timeout)
             return
         try:

@@ -40,6 +40,16 @@ MAX_RETRY_INTERVAL = 5.0
 #: How many calls may wait for their answers on one connection: Envoy's number.
 MAX_PENDING = 1024
 
+
+class _Default:
+    """Says that a parameter wasn't given, where None means something."""
+
+    def __repr__(self) -> str:
+        return "<as for all calls>"
+
+
+DEFAULT: Any = _Default()
+
 # Beyond 4 GiB msgpack miscounts the bytes of a value.
 _MAX_MESSAGE_SIZE = 2**32 - 1
 

@@ -90,17 +90,34 @@ def listening(address: Any, family: int = socket.AF_INET) -> Any:
 
 
 class Scripted:
-    """A server whose every byte the test decides on."""
+    """A server whose every byte the test decides on; it may go, and come back at the same address."""
 
     def __init__(self) -> None:
-        self._listener = listening(("127.0.0.1", 0))
-        self.address = self._listener.getsockname()
         self._peers: list[Peer] = []
+        self.address: Any = ("127.0.0.1", 0)
+        self.come_back()
+        self.address = self._listener.getsockname()
 
     def accept(self) -> Peer:
         """The server's end of the next connection."""
         self._peers.append(Peer(self._listener.accept()[0]))
         return self._peers[-1]
+
+    def hang_up_on_everybody(self) -> None:
+        """Accept each connection and close it at once; never returns."""
+        while True:
+            self.accept().close()
+
+    def go(self) -> None:
+        """Listen no more."""
+        self._listener.close()
+
+    def come_back(self) -> None:
+        """Listen again."""
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(self.address)
+        self._listener.listen()
 
     def close(self) -> None:
         """Close everything."""

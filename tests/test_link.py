@@ -13,56 +13,17 @@ from typing import Any
 
 import gevent
 import pytest
-from gevent import monkey, socket
+from gevent import monkey
 from gevent.event import AsyncResult, Event
 
 import gmprpc
 from gmprpc.backoff import Backoff
 from gmprpc.link import Link
 
-from .helpers import Peer, collected, listening, wait_until
+from .helpers import Peer, Scripted, collected, listening, wait_until
 from .programs import Program
 
 start_new_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
-
-
-class Scripted:
-    """A server whose every byte the test decides on; it may go and come back at the same address."""
-
-    def __init__(self) -> None:
-        self._peers: list[Peer] = []
-        self.address: Any = ("127.0.0.1", 0)
-        self.come_back()
-        self.address = self._listener.getsockname()
-
-    def accept(self) -> Peer:
-        self._peers.append(Peer(self._listener.accept()[0]))
-        return self._peers[-1]
-
-    def hang_up_on_everybody(self) -> None:
-        while True:
-            self.accept().close()
-
-    def go(self) -> None:
-        self._listener.close()
-
-    def come_back(self) -> None:
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind(self.address)
-        self._listener.listen()
-
-    def close(self) -> None:
-        for peer in self._peers:
-            peer.close()
-        self._listener.close()
-
-
-@pytest.fixture
-def scripted() -> Iterator[Scripted]:
-    scripted = Scripted()
-    yield scripted
-    scripted.close()
 
 
 @pytest.fixture
