@@ -415,7 +415,8 @@ def test_a_stream_that_breaks_says_why(service: gmprpc.Service, sockets: tuple[A
     errors: list[Any] = []
     server = gmprpc.Server(None, service, on_error=lambda connection, exc: errors.append(exc))
     serving = gevent.spawn(server.serve_stream, PlainStream(sockets[0]))
-    Peer(sockets[1]).send_bytes(b"\xc1")
+    with Peer(sockets[1]) as peer:
+        peer.send_bytes(b"\xc1")
     assert isinstance(serving.get(), gmprpc.ProtocolError)
     assert errors == [serving.get()]
 
