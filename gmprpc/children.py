@@ -110,8 +110,8 @@ class Child:
         finally:
             if self.process.poll() is None:
                 _send(self.process.kill)
-                with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(_REAPING_TIMEOUT)
+                # Not `wait`: that of gevent's Popen never returns in another thread, with gevent 24.10.
+                self._has_ended_within(_REAPING_TIMEOUT)
 
     def _has_ended_within(self, seconds: float) -> bool:
         pause, waited = _FIRST_PAUSE, 0.0
