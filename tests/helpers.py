@@ -13,6 +13,9 @@ import gevent
 import msgpack
 import pytest
 from gevent import socket
+from gevent.socket import wait_read
+
+from gmprpc.streams import Stream
 
 
 class Peer:
@@ -124,6 +127,33 @@ class Scripted:
         for peer in self._peers:
             peer.close()
         self._listener.close()
+
+
+def receive(stream: Stream) -> bytes:
+    """What ``stream`` receives next, waited for in the way of a connection."""
+    while True:
+        try:
+            return stream.recv()
+        except BlockingIOError:
+            wait_read(stream.fileno())
+
+
+def receive_all(stream: Stream) -> bytes:
+    """All that ``stream`` receives, up to its proper end."""
+    data = b""
+    while piece := receive(stream):
+        data += piece
+    return data
+
+
+def fill(stream: Stream) -> int:
+    """Send until nothing goes any more; how much that was."""
+    total = 0
+    while True:
+        try:
+            total += stream.send(b"f" * 50_000)
+        except BlockingIOError:
+            return total
 
 
 def has_ipv6() -> bool:

@@ -86,29 +86,25 @@ def is_lost(outcome: Any) -> bool:
 
 @ENDS
 @WAYS
-def test_a_call_whose_request_is_broken_off_at_any_byte_is_lost_and_not_made_again(
-    server: CountingServer, proxy: Proxy, client: gmprpc.Client, end: Callable[[Flow], None], way: str
+@pytest.mark.parametrize(
+    "flow, size, executions", [("requests", REQUEST_SIZE, 0), ("answers", ANSWER_SIZE, 1)], ids=["request", "answer"]
+)
+def test_a_call_that_is_broken_off_at_any_byte_is_lost_and_not_made_again(
+    server: CountingServer,
+    proxy: Proxy,
+    client: gmprpc.Client,
+    end: Callable[[Flow], None],
+    way: str,
+    flow: str,
+    size: int,
+    executions: int,
 ) -> None:
-    for position in range(REQUEST_SIZE):
-        connect_anew(proxy, client, "requests", partial(Flow.at, position=position, action=end))
+    for position in range(size):
+        connect_anew(proxy, client, flow, partial(Flow.at, position=position, action=end))
         number, following = server.number(), server.number()
         assert is_lost(call(client, way, "do", number)), position
         assert call(client, way, "do", following) == following
-        assert (server.executions(number), server.executions(following)) == (0, 1)
-    server.wait_quiet(1)
-
-
-@ENDS
-@WAYS
-def test_a_call_whose_answer_is_broken_off_at_any_byte_is_lost_and_not_made_again(
-    server: CountingServer, proxy: Proxy, client: gmprpc.Client, end: Callable[[Flow], None], way: str
-) -> None:
-    for position in range(ANSWER_SIZE):
-        connect_anew(proxy, client, "answers", partial(Flow.at, position=position, action=end))
-        number, following = server.number(), server.number()
-        assert is_lost(call(client, way, "do", number)), position
-        assert call(client, way, "do", following) == following
-        assert (server.executions(number), server.executions(following)) == (1, 1)
+        assert (server.executions(number), server.executions(following)) == (executions, 1)
     server.wait_quiet(1)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gevent
 import msgpack
 import pytest
-from gevent.socket import wait_read, wait_write
+from gevent.socket import wait_write
 
 import gmprpc
 from gmprpc import streams
@@ -21,7 +21,7 @@ from gmprpc.options import ConnectionOptions
 from gmprpc.pipes import PipeStream, stream_over
 from gmprpc.streams import PlainStream, Stream, send_all
 
-from .helpers import is_closed
+from .helpers import fill, is_closed, receive, receive_all
 
 
 @pytest.fixture
@@ -33,33 +33,6 @@ def pair() -> Iterator[tuple[PipeStream, PipeStream]]:
     yield first, second
     first.close()
     second.close()
-
-
-def receive(stream: Stream) -> bytes:
-    """What ``stream`` receives next, waited for in the way of a connection."""
-    while True:
-        try:
-            return stream.recv()
-        except BlockingIOError:
-            wait_read(stream.fileno())
-
-
-def receive_all(stream: Stream) -> bytes:
-    """All that ``stream`` receives, up to its end."""
-    data = b""
-    while piece := receive(stream):
-        data += piece
-    return data
-
-
-def fill(stream: Stream) -> int:
-    """Send until nothing goes any more; how much that was."""
-    total = 0
-    while True:
-        try:
-            total += stream.send(b"f" * 50_000)
-        except BlockingIOError:
-            return total
 
 
 def test_bytes_go_both_ways(pair: tuple[PipeStream, PipeStream]) -> None:

@@ -23,9 +23,9 @@ from gevent.socket import wait_read, wait_write
 
 from gmprpc import streams
 from gmprpc.exceptions import ConnectionClosed
-from gmprpc.streams import PlainStream, Stream, TLSStream, send_all
+from gmprpc.streams import PlainStream, TLSStream, send_all
 
-from .helpers import is_closed
+from .helpers import fill, is_closed, receive
 from .tls_peers import HANDSHAKE, Forger, RecordPeer, client_hello
 
 # Both ends of a stream.
@@ -45,39 +45,12 @@ def peers(sockets: tuple[Any, Any]) -> Any:
     return sockets[1]
 
 
-def receive(stream: Stream) -> bytes:
-    """What ``stream`` receives next, waited for in the way of a connection."""
-    while True:
-        try:
-            return stream.recv()
-        except BlockingIOError:
-            wait_read(stream.fileno())
-
-
-def receive_all(stream: Stream) -> bytes:
-    """All that ``stream`` receives, up to its proper end."""
-    data = b""
-    while piece := receive(stream):
-        data += piece
-    return data
-
-
 def read_all(sock: Any) -> bytes:
     """All that comes out of a socket that blocks."""
     data = b""
     while piece := sock.recv(65536):
         data += piece
     return data
-
-
-def fill(stream: Stream) -> int:
-    """Send until nothing goes any more; how much that was."""
-    total = 0
-    while True:
-        try:
-            total += stream.send(b"f" * 50_000)
-        except BlockingIOError:
-            return total
 
 
 # A plain stream.
