@@ -9,7 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 from .exceptions import ErrorResponse, no_such_method
-from .methods import Handler, Methods, UnknownMethod, signature_of, summary_of
+from .methods import (
+    CANCEL,
+    DESCRIBE,
+    HEALTH,
+    LIST,
+    Handler,
+    Methods,
+    UnknownMethod,
+    signature_of,
+    summary_of,
+)
 from .requests import current_request
 
 SERVING = "SERVING"
@@ -41,7 +51,7 @@ def builtins_of(methods: Methods, *, is_serving: Callable[[], bool], introspecti
         """The caller doesn't want the answers any more to what it called with ``msgid`` on this connection."""
         current_request().requests.cancel(msgid)
 
-    builtins: dict[str, Handler] = {"$/cancel": cancel, "$/health": health}
+    builtins: dict[str, Handler] = {CANCEL: cancel, HEALTH: health}
     if introspection:
-        builtins |= {"$/list": list_, "$/describe": describe}
+        builtins |= {LIST: list_, DESCRIBE: describe}
     return builtins

@@ -16,6 +16,7 @@ from gevent import getcurrent
 from greenlet import greenlet
 
 from .exceptions import CallTimeout, ConnectionClosed
+from .methods import CANCEL
 from .options import check_timeout
 from .protocol import Encoder, next_msgid, request_of, result_of
 from .reply import PendingCall
@@ -28,9 +29,6 @@ TakeBack = Callable[[PendingCall, ConnectionClosed], bool]
 
 #: What a caller is told who must not be kept waiting.
 IN_HUB: Final = "call() would block the hub: use call_async() in callbacks of the loop"
-
-#: The notification that tells a peer which request's answer nobody waits for any more.
-CANCEL: Final = "$/cancel"
 
 # gevent's `hub.switch` looks for a `switch_out` of the current greenlet first; greenlet's own is all that is needed.
 switch = greenlet.switch

@@ -11,10 +11,8 @@ from typing import Any, Protocol
 import gevent
 
 from .exceptions import CallTimeout, RPCError
+from .methods import HEALTH
 from .reply import PendingCall
-
-#: What is called: any answer will do, also that there is no such method.
-PING = "$/health"
 
 
 class Pingable(Protocol):
@@ -68,7 +66,8 @@ class Heartbeat:
             self._wait(max(left, self._interval / 2))
             return
         try:
-            ping = connection.call_async(PING, timeout=self._interval)
+            # Any answer will do, also that there is no such method.
+            ping = connection.call_async(HEALTH, timeout=self._interval)
         except RPCError:  # It has just ended.
             self.stop()
             return
@@ -77,10 +76,7 @@ class Heartbeat:
         ping.rawlink(lambda ping: self._hear(ping, asked_at))
 
     def _hear(self, ping: PendingCall, asked_at: float) -> None:
-        if not isinstance(ping.exception, CallTimeout):
-            if self._timer is not None:
-                self._wait(self._interval)
-        elif self._connection.used_at == asked_at:
+        if isinstance(ping.exception, CallTimeout) and self._connection.used_at == asked_at:
             self._connection.lose(TimeoutError(f"no answer to a ping within {self._interval:g} s"))
         elif self._timer is not None:
             self._wait(self._interval)

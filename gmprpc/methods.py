@@ -20,6 +20,11 @@ Wrapper = Callable[[Handler], Handler]
 
 #: Names that begin so are gmprpc's own.
 RESERVED_PREFIX = "$/"
+#: The methods that are there without being registered; see :mod:`gmprpc.builtin`.
+HEALTH = "$/health"
+LIST = "$/list"
+DESCRIBE = "$/describe"
+CANCEL = "$/cancel"
 
 
 class UnknownMethod(ErrorResponse):

@@ -20,20 +20,22 @@ from gevent.event import Event
 from gevent.pool import Group
 
 from .backoff import Backoff
+from .builtin import NOT_SERVING
 from .client import Client
 from .discovery import Discovery, NoAddresses
 from .endpoints import Endpoint, Endpoints
 from .errand import Errand
 from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed, ProtocolError, RemoteError, text_of
 from .log import log_soon
+from .methods import HEALTH
 from .reply import get_thread_ident
 from .streams import Stream
 from .transport import format_address
 
 logger = logging.getLogger("gmprpc.balancer")
 
-HEALTH = "$/health"
-NOT_SERVING = ("NOT_SERVING", b"NOT_SERVING")  # Bytes where strings are taken raw.
+# Bytes where strings are taken raw.
+_NOT_SERVING = (NOT_SERVING, NOT_SERVING.encode())
 
 # How long a probe, or the search for addresses, may take where `connect_timeout` is None: its default.
 _PROBE_TIMEOUT = 10.0
@@ -452,7 +454,7 @@ class Pool:
         try:
             with self._limited() as limit:
                 self._connect(endpoint.client)
-                if self._settings.asks_for_health and self._ask_for_health(endpoint.client) in NOT_SERVING:
+                if self._settings.asks_for_health and self._ask_for_health(endpoint.client) in _NOT_SERVING:
                     raise ConnectFailed(f"{where} answers NOT_SERVING")
                 return
         except Exception:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from gmprpc.client import Client
 from gmprpc.exceptions import RPCError, no_such_method
+from gmprpc.methods import LIST
 
 from .exits import AnsweredError, call_errors, printable
 
@@ -36,7 +37,7 @@ def unknown_method(client: Client, method: str) -> AnsweredError:
     connection = client.connection
     assert connection is not None
     try:
-        names = connection.call("$/list", timeout=_HINT_TIMEOUT)  # Not over a new one, if it was closed.
+        names = connection.call(LIST, timeout=_HINT_TIMEOUT)  # Not over a new one, if it was closed.
     except RPCError:
         names = ()
     nearest = _nearest(method, names) if isinstance(names, (list, tuple)) else []

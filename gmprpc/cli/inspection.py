@@ -10,6 +10,7 @@ import click
 from gmprpc.builtin import SERVING
 from gmprpc.client import Client
 from gmprpc.exceptions import MethodNotFound, RemoteError, no_such_method
+from gmprpc.methods import DESCRIBE, HEALTH, LIST
 
 from . import parameters
 from .asking import OPTIONS_FIRST, asking, unknown_method
@@ -43,9 +44,9 @@ def list_(address: Any, timeout: float) -> None:
     ADDRESS is HOST:PORT or unix:PATH.
     """
     with asking(address, timeout=timeout) as client:
-        names = _answer(client, "$/list")
+        names = _answer(client, LIST)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _senseless("$/list")
+        raise _senseless(LIST)
     click.echo("".join(f"{printable(name, but='')}\n" for name in names).encode(), nl=False)
 
 
@@ -59,7 +60,7 @@ def describe(address: Any, method: str, timeout: float) -> None:
     """
     with asking(address, timeout=timeout) as client:
         try:
-            description = _answer(client, "$/describe", method)
+            description = _answer(client, DESCRIBE, method)
         except RemoteError as exc:
             if exc.error == no_such_method(method):
                 raise unknown_method(client, method) from exc
@@ -67,7 +68,7 @@ def describe(address: Any, method: str, timeout: float) -> None:
     try:
         name, signature, doc = (printable(description[key], but="") for key in ("name", "signature", "doc"))
     except (TypeError, KeyError, AttributeError):
-        raise _senseless("$/describe") from None
+        raise _senseless(DESCRIBE) from None
     click.echo(f"{name}{signature}".encode())
     if doc:
         click.echo(f"    {doc}".encode())
@@ -82,9 +83,9 @@ def health(ctx: click.Context, address: Any, timeout: float) -> None:
     ADDRESS is HOST:PORT or unix:PATH.
     """
     with asking(address, timeout=timeout) as client:
-        word = _answer(client, "$/health")
+        word = _answer(client, HEALTH)
     if not isinstance(word, str):
-        raise _senseless("$/health")
+        raise _senseless(HEALTH)
     click.echo(printable(word, but="").encode())
     ctx.exit(ExitCode.OK if word == SERVING else ExitCode.ANSWERED_ERROR)
 
