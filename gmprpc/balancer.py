@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 from .client import Client, Proxy
 from .discovery import discovery_of
@@ -137,7 +137,7 @@ class Balancer:
     @property
     def proxy(self) -> Proxy:
         """Calls methods as attributes: ``balancer.proxy.math.pow(2, 10)`` calls ``math.pow``."""
-        return Proxy(cast(Client, self))  # All that it does is to call.
+        return Proxy(self)
 
     # Connecting.
 

@@ -6,7 +6,7 @@ import logging
 import ssl
 from collections.abc import Callable, Mapping
 from subprocess import Popen
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import gevent
 from gevent import GreenletExit
@@ -410,12 +410,19 @@ def _of_client(late: CallTimeout) -> CallTimeout:
     return CallTimeout(late.method, late.timeout, which="client", sent=late.sent, cause=late.__cause__)
 
 
+class _Caller(Protocol):
+    """What a proxy needs of a client, or of a balancer."""
+
+    def call(self, method: str, /, *params: Any) -> Any:
+        """The result of a call."""
+
+
 class Proxy:
     """A method by its name, built up from attributes; calling it calls the method."""
 
     __slots__ = ("_client", "_name")
 
-    def __init__(self, client: Client, name: str = "") -> None:
+    def __init__(self, client: _Caller, name: str = "") -> None:
         self._client = client
         self._name = name
 

@@ -76,7 +76,7 @@ class Link:
         self._hub = gevent.get_hub()
         self._max_pending = sys.maxsize if options.max_pending is None else options.max_pending
         self._encoder = encoder_of(options.connection)
-        #: The connection on which calls are sent; it may have ended by now. None before the first and after `close`.
+        #: The connection on which calls are sent; it may have ended by now. None before the first.
         self.connection: Connection | None = None
         # Takes a call back from it.
         self._take_back_unsent: TakeBack | None = None

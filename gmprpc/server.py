@@ -414,9 +414,8 @@ class Server(Registry):
         try:
             error = connection.run()
         finally:
-            self._connections.pop(
-                gevent.getcurrent(), None
-            )  # In a process that was forked off it isn't there any more.
+            # In a process that was forked off it isn't there any more.
+            self._connections.pop(gevent.getcurrent(), None)
         if error is not None and self._on_error is not None:
             self._run_hook(self._on_error, connection, error)
         elif error is None and self._on_eof is not None:
