@@ -824,7 +824,7 @@ def test_10000_connect_close_cycles_leave_nothing_behind(tmp_path: Path, has_cal
         cycle(20)
         wait_until(lambda: not server.connections)
         before = census()
-        cycle(5_000)
+        cycle(10_000)
         assert client.statistics()["connections"] == ended
         wait_until(lambda: not server.connections)
         wait_until(lambda: census() <= before)
