@@ -95,7 +95,8 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
     while True:
         with listener.accept()[0] as connection:
             _, msgid, _, (value,) = msgpack.unpackb(connection.recv(4096))
-            connection.sendall(msgpack.packb([1, msgid, None, value]))
+            # The end goes out together with the answer, and not some time after it.
+            connection.sendall(msgpack.packb([1, msgid, None, value]), socket.MSG_MORE)
 """
     )
     status, document = run(tmp_path, "--kinds", "idle", "--subjects", "gmprpc", peer.name)

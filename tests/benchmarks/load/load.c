@@ -402,8 +402,9 @@ static void hold(struct connection *connections)
     printf("{\"held\": %d}\n", connection_count);
     fflush(stdout);
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
-    while (poll(&input, 1, 0) == 0)
-        serve_connections();
+    do
+        serve_connections(); /* Once at least: what has been closed by now is lost, however soon the end comes. */
+    while (poll(&input, 1, 0) == 0);
     if (lost_connections) {
         fprintf(stderr, "%llu of %d idle connections lost\n", (unsigned long long)lost_connections, connection_count);
         exit(1);
