@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -13,6 +14,10 @@ from gevent.fileobject import FileObjectPosix
 
 #: How long a program may take for anything, in seconds; less than a whole test may take, so that this is what it says.
 DEADLINE = 20.0
+
+
+#: How to run a program that forks: from 3.12 on Python warns of that where there are, or have just been, threads.
+FORKING_PYTHON = (sys.executable, "-W", "ignore::DeprecationWarning")
 
 
 class Program:

@@ -26,7 +26,7 @@ import gmprpc
 from gmprpc.backoff import Backoff
 
 from .helpers import Peer, listening, wait_until
-from .programs import Program
+from .programs import FORKING_PYTHON, Program
 
 
 class Place:
@@ -1052,7 +1052,7 @@ def test_a_process_that_is_forked_off_calls_on_its_own(places: list[Place], tmp_
 
     for place in places:
         place.server.register(release)
-    with Program(sys.executable, "-c", FORKING, tmp_path, way) as program:
+    with Program(*FORKING_PYTHON, "-c", FORKING, tmp_path, way) as program:
         assert program.lines() == ["ConnectionClosed", "ConnectionClosed", "True", "True", "[True, True]"]
         assert program.wait() == 0
     assert sum(len(place.log) for place in places) == 2  # Nothing was carried out twice.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +18,7 @@ from gevent.threadpool import ThreadPool
 import gmprpc
 
 from .helpers import Peer, Scripted, wait_until
-from .programs import Program
+from .programs import FORKING_PYTHON, Program
 
 # Calling.
 
@@ -156,7 +155,7 @@ if os.fork() == 0:
     raise SystemExit  # What is the parent's to send is not sent twice.
 os.wait()
 """
-    with Program(sys.executable, "-c", program) as process:
+    with Program(*FORKING_PYTHON, "-c", program) as process:
         assert process.wait() == 0
     wait_until(lambda: not server.connections)
     assert arrived == ["first", "second"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import gmprpc
 
 from .counting import Begun, CountingServer, begin, outcome
 from .helpers import Scripted, collected, wait_until
-from .programs import Program
+from .programs import FORKING_PYTHON, Program
 from .proxy import Proxy
 
 pytestmark = pytest.mark.usefixtures("_each_call_ends_once")
@@ -305,7 +304,7 @@ def test_after_a_fork_in_mid_call_the_parent_goes_on_and_the_child_begins_anew(
     server: CountingServer, kind: str
 ) -> None:
     numbers = [server.number() for _ in range(7)]
-    with Program(sys.executable, "-c", FORKER, str(server.address[1]), str(numbers[0]), kind) as program:
+    with Program(*FORKING_PYTHON, "-c", FORKER, str(server.address[1]), str(numbers[0]), kind) as program:
         said = sorted(program.lines())
         assert program.wait() == 0
     lost = "ConnectionClosed sent=True"
@@ -333,7 +332,7 @@ def test_calls_that_wait_for_a_connection_when_their_process_forks_are_the_paren
     server = absent_server
     numbers = [server.number() for _ in range(7)]
     address = str(server.address[1])
-    with Program(sys.executable, "-c", FORKER, address, str(numbers[0]), kind, "absent") as program:
+    with Program(*FORKING_PYTHON, "-c", FORKER, address, str(numbers[0]), kind, "absent") as program:
         said: list[str] = []
         while not said or said[-1] != "waiting":
             said.append(program.line())
@@ -397,7 +396,7 @@ print(f"call: {client.call('do', number + 6)}", flush=True)
 
 def test_a_fork_after_threads_have_ended_leaves_every_connection_to_the_parent(server: CountingServer) -> None:
     numbers = [server.number() for _ in range(7)]
-    with Program(sys.executable, "-c", FORKER_WITH_THREADS, str(server.address[1]), str(numbers[0])) as program:
+    with Program(*FORKING_PYTHON, "-c", FORKER_WITH_THREADS, str(server.address[1]), str(numbers[0])) as program:
         assert program.lines() == ["sockets: []", f"call: {numbers[5]}", f"call: {numbers[6]}"]
         assert program.wait() == 0
     server.wait_quiet()

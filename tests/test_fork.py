@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from .helpers import Peer, is_listening, wait_until
-from .programs import Program
+from .programs import FORKING_PYTHON, Program
 
 # The child writes into a pipe what its descriptors are, then lives on until it is told to end.
 PROGRAM = """
@@ -88,7 +87,7 @@ server.serve_forever()
 
 @pytest.fixture(params=["plain", "patched"])
 def program(request: pytest.FixtureRequest) -> Iterator[Program]:
-    with Program(sys.executable, "-c", PROGRAM, request.param) as program:
+    with Program(*FORKING_PYTHON, "-c", PROGRAM, request.param) as program:
         yield program
 
 

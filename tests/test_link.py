@@ -21,7 +21,7 @@ from gmprpc.backoff import Backoff
 from gmprpc.link import Link
 
 from .helpers import Peer, Scripted, collected, listening, wait_until
-from .programs import Program
+from .programs import FORKING_PYTHON, Program
 
 start_new_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
 
@@ -1018,9 +1018,7 @@ def test_a_child_opens_its_own_connection_and_sends_nothing_that_is_its_parents(
 ) -> None:
     noted: list[str] = []
     service.register(noted.append, "note")
-    # From 3.12 on Python warns of a fork where there are threads, as gevent's resolver has some.
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
-    with Program(*command, str(server.server_port), state) as program:
+    with Program(*FORKING_PYTHON, "-c", FORK, str(server.server_port), state) as program:
         assert program.lines() == ["child", "parent 0"]
         assert program.wait() == 0
     assert noted == ["queued", "unsent"] if state == "connected" else ["queued"]

@@ -15,7 +15,7 @@ from gmprpc.perhub import PerHub
 from gmprpc.reply import get_thread_ident
 
 from .helpers import collected, wait_until
-from .programs import Program
+from .programs import FORKING_PYTHON, Program
 
 start_new_thread: Callable[..., int] = monkey.get_original("_thread", "start_new_thread")
 
@@ -257,7 +257,7 @@ print("end", per_hub.all() == [here], flush=True)
 
 @pytest.mark.parametrize("way", ["plain", "patched"])
 def test_in_a_child_all_are_abandoned_and_forgotten(way: str) -> None:
-    with Program(sys.executable, "-c", FORKING, way) as program:
+    with Program(*FORKING_PYTHON, "-c", FORKING, way) as program:
         lines = program.lines()
         assert program.wait() == 0, lines
     assert lines.count("ValueError: fails") == 1  # It is shown, and keeps none from being abandoned.
