@@ -1,13 +1,34 @@
-"""Options and arguments of kinds that click doesn't know; each function raises BadParameter for what is none."""
+"""How options are declared, and kinds of them that click doesn't know: each raises BadParameter for what is none."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from gmprpc.transport import FD_PREFIX, parse_address
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def option(*names: str, **settings: Any) -> Decorator:
+    """An option that has a name in the environment, too: GMPRPC_MAX_MESSAGE_SIZE for --max-message-size."""
+    (name,) = (name for name in names if name.startswith("--"))
+    variable = "GMPRPC_" + name.removeprefix("--").upper().replace("-", "_")
+    return click.option(*names, envvar=variable, show_envvar=True, **settings)
+
+
+def options_of(*options: Decorator) -> Decorator:
+    """A decorator that gives a command all ``options``, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for add in reversed(options):
+            function = add(function)
+        return function
+
+    return decorate
 
 
 def address(text: str) -> tuple[str, int] | str:

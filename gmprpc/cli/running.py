@@ -1,0 +1,61 @@
+"""Servers from their start to the signal that says stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Sequence
+
+import gevent
+from gevent.event import Event
+from gevent.pool import Group
+
+from gmprpc.server import Server
+from gmprpc.transport import format_address
+
+from .exits import Unreachable
+
+logger = logging.getLogger("gmprpc.cli")
+
+
+def start(servers: Sequence[Server]) -> None:
+    """Start all or none."""
+    for server in servers:
+        place = format_address(server.address)
+        try:
+            server.start()
+        except (OSError, LookupError) as exc:
+            for started in servers:
+                started.close()
+            if isinstance(exc, LookupError):
+                raise Unreachable(f"can't listen on {place}: {exc.args[0]}.") from exc
+            raise Unreachable(f"can't listen on {place}: {exc.strerror or exc}; --bind names another place.") from exc
+
+
+def serve_until(over: Event, servers: Sequence[Server], graceful_timeout: float) -> None:
+    """Wait until it is ``over``, or for SIGTERM or SIGINT, then stop all servers together.
+
+    A second SIGINT stops them at once.
+    """
+    asked = Event()
+    asked.rawlink(lambda _: over.set())
+    stops = Group()
+
+    def stop(signum: signal.Signals) -> None:
+        is_first = not asked.is_set()
+        if not is_first and signum != signal.SIGINT:
+            return
+        in_flight = sum(server.statistics()["in_flight"] for server in servers)
+        for server in servers:
+            server.close()  # Now, so that whoever reads the log knows that nobody new can connect.
+            stops.spawn(server.stop, graceful_timeout if is_first else 0)
+        asked.set()
+        if is_first:
+            logger.info(
+                "stopping on %s: %d requests in flight, %g s for them", signum.name, in_flight, graceful_timeout
+            )
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(signum, stop, signum)
+    over.wait()
+    stops.join()
