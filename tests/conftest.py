@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,3 +128,16 @@ def _each_call_ends_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(gmprpc.PendingCall, name, watched(getattr(gmprpc.PendingCall, name)))
     yield
     assert not ended_twice
+
+
+@pytest.fixture(scope="session")
+def require_peer() -> Callable[[str, Any], None]:
+    """``require_peer(name, found)`` skips the test unless ``found``; with GMPRPC_REQUIRE_INTEROP set it fails."""
+
+    def require_peer(name: str, found: Any) -> None:
+        if not found and os.environ.get("GMPRPC_REQUIRE_INTEROP"):
+            pytest.fail(f"{name} isn't installed, and GMPRPC_REQUIRE_INTEROP is set")
+        elif not found:
+            pytest.skip(f"{name} isn't installed")
+
+    return require_peer

@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def lower_bounds() -> dict[str, str]:
-    """The lowest version of each dependency that pyproject.toml allows."""
+    """The lowest version that pyproject.toml allows of each dependency, those of the extras among them."""
     bounds = {}
-    for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in [*project["dependencies"], *chain(*project["optional-dependencies"].values())]:
         match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
         assert match, f"{requirement!r} is not a plain lower bound"
         bounds[match[1]] = match[2]

@@ -1,0 +1,1 @@
+"""gmprpc with what stands beside it in production: gunicorn, HAProxy, Celery, Prometheus."""
