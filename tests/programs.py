@@ -55,6 +55,19 @@ class Program:
         with self._deadline("say anything"):
             return self._output.readline().rstrip()
 
+    def line_with(self, text: str) -> str:
+        """The next line that has ``text`` in it; those before it are skipped."""
+        said = []
+        while text not in (line := self.line()):
+            said.append(line)
+            if not line and self.has_ended():
+                raise AssertionError("\n".join([f"{self.command} never said {text!r}:", *said, *self.lines()]))
+        return line
+
+    def has_ended(self) -> bool:
+        """Whether the process has."""
+        return self._process.poll() is not None
+
     def lines(self) -> list[str]:
         """All further lines, until the program closes its output, as it does by ending."""
         with self._deadline("end"):

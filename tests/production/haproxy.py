@@ -1,0 +1,56 @@
+"""HAProxy as a program of a test: run with a configuration made of the example, and asked how it sees its servers."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import gevent
+from gevent import socket
+
+from tests.programs import Program
+
+#: The configuration that users are shown.
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "haproxy.cfg"
+
+# Where a configuration has the socket that is asked.
+_ADMIN_SOCKET = "/run/haproxy/admin.sock"
+
+
+class HAProxy(Program):
+    """An HAProxy in the foreground; what it logs to its standard output is its output."""
+
+    def __init__(self, executable: str, configuration: str, directory: Path) -> None:
+        assert _ADMIN_SOCKET in configuration
+        self._admin = directory / "admin.sock"
+        file = directory / "haproxy.cfg"
+        file.write_text(configuration.replace(_ADMIN_SOCKET, str(self._admin)), encoding="utf-8")
+        super().__init__(executable, "-db", "-f", file)
+
+    def wait_ready(self) -> None:
+        """Wait until it listens everywhere."""
+        # It makes the file under another name and renames it when all of its sockets listen.
+        while not self._admin.exists():
+            if self.has_ended():
+                raise AssertionError("\n".join([f"{self.command} doesn't start:", *self.lines()]))
+            gevent.sleep(0.01)
+
+    def ask(self, command: str) -> str:
+        """What it answers to a command on its admin socket."""
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.connect(str(self._admin))
+            admin.sendall(command.encode() + b"\n")
+            answer = b""
+            while data := admin.recv(65536):
+                answer += data
+        return answer.decode(errors="replace")  # It repeats what a check was answered.
+
+    def statuses(self) -> dict[str, str]:
+        """How it sees each server: "UP", "DOWN", or on the way there, "UP 1/2" say."""
+        rows = csv.DictReader(self.ask("show stat").removeprefix("# ").splitlines())
+        return {row["svname"]: row["status"] for row in rows if row["svname"] not in ("FRONTEND", "BACKEND")}
+
+    def wait_for(self, **statuses: str) -> None:
+        """Wait until it sees the servers that are named so."""
+        while not statuses.items() <= self.statuses().items():
+            gevent.sleep(0.02)
