@@ -30,6 +30,28 @@ def test_a_server_is_serving(peer: Peer) -> None:
     assert peer.call("$/health") == [1, 0, None, "SERVING"]
 
 
+#: What HAProxy sends and expects as its health check: ``[0, 1, "$/health", []]`` and ``[1, 1, nil, "SERVING"]``.
+HEALTH_CHECK = bytes.fromhex("940001a8242f6865616c746890")
+IS_SERVING = bytes.fromhex("940101c0a753455256494e47")
+IS_NOT_SERVING = bytes.fromhex("940101c0ab4e4f545f53455256494e47")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packer_options": {"use_bin_type": False, "default": repr}, "unpacker_options": {"raw": True}},
+        {"hide_errors": True, "introspection": False, "reply_timeout": 5, "on_dispatch": lambda *_: None},
+    ],
+)
+def test_health_is_answered_with_the_same_bytes_under_all_options(service: gmprpc.Service, options: Any) -> None:
+    with gmprpc.Server(("127.0.0.1", 0), service, **options) as server, Peer.connect(server.address) as peer:
+        for is_healthy, answer in ((True, IS_SERVING), (False, IS_NOT_SERVING)):
+            server.is_healthy = is_healthy
+            peer.send_bytes(HEALTH_CHECK)
+            assert peer.socket.recv(100) == answer
+
+
 def test_a_program_may_say_that_its_server_is_not_healthy_and_calls_are_served_all_the_same(
     server: gmprpc.Server, peer: Peer
 ) -> None:

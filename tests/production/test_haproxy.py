@@ -1,0 +1,89 @@
+"""HAProxy before gmprpc's servers, with the configuration that examples/haproxy.cfg shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+import gmprpc
+from tests.helpers import wait_until
+
+from .haproxy import EXAMPLE, HAProxy
+
+Address = tuple[str, int]
+
+
+def configuration(bind: Address, servers: Mapping[str, Any]) -> str:
+    """The example, with addresses of this test's own; of its servers only those are left that are among ``servers``."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    text, binds = re.subn(r"bind 0\.0\.0\.0:4423", "bind {}:{}".format(*bind), text)
+    assert binds == 1
+
+    def server(match: re.Match[str]) -> str:
+        name = match[1]
+        return "server {} {}:{}".format(name, *servers[name]) if name in servers else ""
+
+    text, count = re.subn(r"\bserver (\w+) 10\.0\.0\.\d:4423", server, text)
+    assert count == 3
+    return text
+
+
+@pytest.fixture
+def servers(service: gmprpc.Service) -> Iterator[dict[str, gmprpc.Server]]:
+    """Two servers, in this process."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(gmprpc.Server(("127.0.0.1", 0), service)) for name in "ab"}
+
+
+@pytest.fixture
+def address(reserve: Callable[[], Address]) -> Address:
+    """Where HAProxy listens."""
+    return reserve()
+
+
+@pytest.fixture
+def haproxy(start_haproxy: Callable[[str], HAProxy], servers: Mapping[str, gmprpc.Server], address: Address) -> HAProxy:
+    """HAProxy before those, which it sees up."""
+    haproxy = start_haproxy(configuration(address, {name: server.address for name, server in servers.items()}))
+    haproxy.wait_for(a="UP", b="UP")
+    return haproxy
+
+
+def test_connections_go_to_the_server_that_has_the_fewest(
+    haproxy: HAProxy, servers: Mapping[str, gmprpc.Server], address: Address
+) -> None:
+    with ExitStack() as clients:
+        for number in range(6):
+            client = clients.enter_context(gmprpc.Client(address))
+            assert client.call("echo", number) == number
+        # A check may be connected at the moment, too.
+        wait_until(lambda: [len(server.connections) for server in servers.values()] == [3, 3])
+
+
+def test_the_health_check_is_passed_by_a_server_that_serves_and_by_no_other(
+    haproxy: HAProxy, servers: Mapping[str, gmprpc.Server], address: Address
+) -> None:
+    with gmprpc.Client(address) as early:
+        assert early.call("echo", 1) == 1
+        servers["a"].is_healthy = False
+        haproxy.wait_for(a="DOWN")
+        assert haproxy.statuses()["b"] == "UP"
+        for _ in range(2):
+            with gmprpc.Client(address) as client:
+                assert client.call("echo", 2) == 2
+        assert early.call("echo", 3) == 3
+        servers["a"].is_healthy = True
+        haproxy.wait_for(a="UP")
+
+
+def test_a_health_check_leaves_no_line_in_the_log(
+    haproxy: HAProxy, servers: Mapping[str, gmprpc.Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", logger="gmprpc"):
+        asked = servers["a"].statistics()["connections"]
+        wait_until(lambda: servers["a"].statistics()["connections"] >= asked + 2 and not servers["a"].connections)
+    assert caplog.records == []
