@@ -31,6 +31,7 @@ FLOORS: dict[str, int] = {
     "requests": 4,
     "calls": 3,
     "acceptor": 3,
+    "admin": 4,
     "heartbeat": 3,
     "dialing": 3,
     "children": 3,
