@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from gevent.server import StreamServer
 
 from .log import log_soon
 from .metrics import Counters
-from .transport import format_address
+from .transport import UNIX_PREFIX, file_identity, format_address
 
 logger = logging.getLogger("gmprpc.server")
 
@@ -55,7 +57,8 @@ class Acceptor(StreamServer):
     """Accepts what comes to ``listener``, and has ``handle(socket, address)`` called in one of ``greenlets``.
 
     While ``max_connections`` of these live (None is no limit), who comes is closed at once. ``arrivals`` gets each
-    socket with what closes it, until somebody else answers for it.
+    socket with what closes it, until somebody else answers for it. With ``owns_file`` the file of a unix socket goes
+    when it is closed; with ``is_borrowed`` the listener is only closed by :meth:`close`, not by :meth:`abandon`.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Acceptor(StreamServer):
         *,
         max_connections: int | None,
         counters: Counters,
+        owns_file: bool = False,
+        is_borrowed: bool = False,
     ) -> None:
         self._greenlets = greenlets
         self._arrivals = arrivals
@@ -77,6 +82,15 @@ class Acceptor(StreamServer):
         self._refused = _Notice(_REFUSED_INTERVAL)
         spawn: Any = greenlets.spawn  # Not the group: then `stop` would kill it, and its fullness be asked for.
         super().__init__(listener, handle, spawn=spawn)
+        self._is_borrowed = is_borrowed
+        self._path = str(self.address) if owns_file else None
+        # Tells its file from another one that may stand there later.
+        self._file = file_identity(self._path) if self._path is not None else None
+
+    @property
+    def place(self) -> Any:
+        """Where it listens: ``(host, port, ...)`` or ``"unix:/path"``."""
+        return UNIX_PREFIX + self.address if isinstance(self.address, str) else self.address
 
     def do_read(self) -> Any:
         """The next connection as ``(socket, address)``, None if there is none to take; called by gevent, in the hub."""
@@ -116,6 +130,24 @@ class Acceptor(StreamServer):
         """Accept nothing more, whatever waits."""
         super().stop_accepting()
         self._end_pause()
+
+    def finish(self) -> None:
+        """Accept what waits already, then close: closing the listener would reset whoever is in its queue."""
+        self.stop_accepting()
+        with suppress(OSError):
+            while accepted := self.do_read():
+                self.do_handle(*accepted)
+        self.close()
+        path, self._path = self._path, None
+        if path is not None and self._file is not None and file_identity(path) == self._file:
+            with suppress(OSError):
+                os.unlink(path)
+
+    def abandon(self) -> None:
+        """Leave it to the process that this one was just forked off from."""
+        self.stop_accepting()
+        if not self._is_borrowed:  # A socket that was handed in is not ours to close.
+            self.close()
 
     def _pause_accepting(self, exc: OSError) -> None:
         self.stop_accepting()

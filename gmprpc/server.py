@@ -8,7 +8,7 @@ import signal
 import ssl
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any, Self
 
@@ -40,8 +40,8 @@ from .transport import (
     UNIX_HOST,
     UNIX_PREFIX,
     SocketFile,
-    file_identity,
     format_address,
+    makes_file,
     open_listener,
     peer_of,
 )
@@ -61,8 +61,9 @@ class Server(Registry):
     """A MessagePack-RPC server.
 
     ``listener`` is what :class:`gevent.server.StreamServer` takes (``(host, port)``, ``"host:port"``, a port, a
-    listening socket), ``"unix:/path"``, or ``"fd://3"`` for a listening descriptor. ``service`` has the methods;
-    without one the server makes its own, and the server's own registration methods go to it either way.
+    listening socket), ``"unix:/path"``, or ``"fd://3"`` for a listening descriptor; or a list of these, to listen at
+    each. ``service`` has the methods; without one the server makes its own, and the server's own registration methods
+    go to it either way.
 
     ``socket_mode``, ``socket_user`` and ``socket_group`` are those of the file of ``"unix:/path"``: who may write to it
     may connect. It is theirs before anybody can.
@@ -129,8 +130,10 @@ class Server(Registry):
     ) -> None:
         if ssl_context is not None and ssl_context.protocol == ssl.PROTOCOL_TLS_CLIENT:
             raise ValueError("ssl_context is that of a client: make it with gmprpc.tls.server_context()")
-        is_unix = isinstance(listener, str) and listener.startswith(UNIX_PREFIX)
-        if not is_unix and (socket_mode, socket_user, socket_group) != (None, None, None):
+        if listener == []:
+            raise ValueError("the list of listeners is empty")
+        has_file = any(map(makes_file, _listeners_of(listener)))
+        if not has_file and (socket_mode, socket_user, socket_group) != (None, None, None):
             raise ValueError("socket_mode, socket_user and socket_group are for unix:PATH, which makes a file")
         check_limit("max_connections", max_connections)
         check_timeout("handshake_timeout", handshake_timeout)
@@ -144,7 +147,7 @@ class Server(Registry):
         #: What ``$/health`` tells, unless the server is stopping: for the program to set. Calls are served either way.
         self.is_healthy = True
         self._listener = listener
-        self._file_wanted = SocketFile(socket_mode, socket_user, socket_group) if is_unix else None
+        self._file_wanted = SocketFile(socket_mode, socket_user, socket_group)
         self._ssl_context = ssl_context
         self._on_accept = on_accept
         self._on_error = on_error
@@ -171,8 +174,7 @@ class Server(Registry):
             wrappers.append(partial(expiring, reply_timeout))
         self._table = self.service.table(*wrappers, introspection=introspection, is_serving=self._is_serving)
         self._counters = Counters()
-        self._acceptor: Acceptor | None = None
-        self._file: tuple[str, tuple[int, int] | None] | None = None  # Its path, and what tells it from another one.
+        self._acceptors: list[Acceptor] = []  # One for each listener, while they are open.
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
         self._greenlets = ConnectionGreenlets()
         self._arrivals: dict[Any, Callable[[], Any]] = {}  # What has no connection yet, with what closes it.
@@ -185,11 +187,16 @@ class Server(Registry):
 
     @property
     def address(self) -> Any:
-        """Where the server listens: ``(host, port, ...)`` or ``"unix:/path"``; the listener as given until it does."""
-        if self._acceptor is None:
-            return self._listener
-        address = self._acceptor.address
-        return UNIX_PREFIX + address if isinstance(address, str) else address
+        """Where the server listens: ``(host, port, ...)`` or ``"unix:/path"``; the listener as given until it does.
+
+        Of several places it is the first.
+        """
+        return self.addresses[0]
+
+    @property
+    def addresses(self) -> list[Any]:
+        """Every place where the server listens, each as :attr:`address` has it."""
+        return [acceptor.place for acceptor in self._acceptors] or _listeners_of(self._listener)
 
     @property
     def server_host(self) -> str | None:
@@ -204,7 +211,7 @@ class Server(Registry):
     @property
     def started(self) -> bool:
         """True while the server accepts connections."""
-        return self._acceptor is not None
+        return bool(self._acceptors)
 
     @property
     def connections(self) -> frozenset[Connection]:
@@ -222,32 +229,41 @@ class Server(Registry):
     # Its life.
 
     def start(self) -> None:
-        """Bind, if an address was given, and accept connections from now on.
+        """Bind, if an address was given, and accept connections from now on; at every place or at none.
 
         Raises:
             OSError: the address is in use, say, or not ours to use.
             LookupError: there is no such ``socket_user`` or ``socket_group``.
         """
-        if self._acceptor is not None:
+        if self._acceptors:
             return
         self._is_stopping = False
         self._stopped = Event()  # An earlier stop may still be waiting for its connections.
         self._hub = gevent.get_hub()
-        listener = open_listener(self._listener, self._file_wanted)
-        acceptor = Acceptor(
-            listener,
+        acceptors: list[Acceptor] = []
+        try:
+            for listener in _listeners_of(self._listener):
+                acceptors.append(self._acceptor_of(listener))
+        except BaseException:
+            for acceptor in acceptors:
+                acceptor.finish()
+            raise
+        for acceptor in acceptors:
+            acceptor.start()
+        self._acceptors = acceptors
+        _servers.add(self)
+
+    def _acceptor_of(self, listener: Any) -> Acceptor:
+        return Acceptor(
+            open_listener(listener, self._file_wanted),
             self._serve,
             self._greenlets,
             self._arrivals,
             max_connections=self._max_connections,
             counters=self._counters,
+            owns_file=makes_file(listener),
+            is_borrowed=hasattr(listener, "accept"),
         )
-        acceptor.start()
-        self._acceptor = acceptor
-        _servers.add(self)
-        if self._file_wanted is not None:
-            path = str(acceptor.address)
-            self._file = path, file_identity(path)
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
         """Serve until :meth:`stop` is called, or SIGTERM or SIGINT comes.
@@ -283,21 +299,9 @@ class Server(Registry):
 
     def close(self) -> None:
         """Close the listener: no new connections. Those that are there live on."""
-        if self._acceptor is None:
-            return
-        acceptor, self._acceptor = self._acceptor, None
-        acceptor.stop_accepting()
-        # Closing the listener resets whoever still waits in its queue; they are served like the others.
-        with suppress(OSError):
-            while accepted := acceptor.do_read():
-                acceptor.do_handle(*accepted)
-        acceptor.close()
-        if self._file is not None:
-            path, identity = self._file
-            self._file = None
-            if identity is not None and file_identity(path) == identity:
-                with suppress(OSError):
-                    os.unlink(path)
+        acceptors, self._acceptors = self._acceptors, []
+        for acceptor in acceptors:
+            acceptor.finish()
 
     def stop(self, timeout: float | None = None) -> int:
         """Stop gracefully; returns how many requests were cut.
@@ -357,12 +361,9 @@ class Server(Registry):
 
     def _abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from: here nothing is started."""
-        acceptor, self._acceptor = self._acceptor, None
-        if acceptor is not None:
-            acceptor.stop_accepting()
-            if not hasattr(self._listener, "accept"):  # A socket that was handed in is not ours to close.
-                acceptor.close()
-        self._file = None
+        acceptors, self._acceptors = self._acceptors, []
+        for acceptor in acceptors:
+            acceptor.abandon()
         for let_go in self._arrivals.values():
             let_go()
         self._arrivals.clear()
@@ -465,6 +466,16 @@ def mprpc_server(address: str | None, port: int | str, **options: Any) -> Server
     if address == UNIX_HOST:
         return Server(f"{UNIX_PREFIX}{port}", **options)
     return Server((address or "0.0.0.0", int(port)), **options)
+
+
+def _listeners_of(listener: Any) -> list[Any]:
+    match listener:
+        case [str(), int(), *_]:  # What JSON makes of (host, port).
+            return [listener]
+        case list():
+            return listener
+        case _:
+            return [listener]
 
 
 def _dispatched(on_dispatch: Hook, function: Handler) -> Handler:

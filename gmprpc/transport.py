@@ -145,7 +145,7 @@ def open_listener(listener: Any, socket_file: SocketFile | None = None) -> Any:
     if hasattr(listener, "accept"):
         listener.setblocking(False)  # StreamServer accepts until there is nothing to accept.
         return listener
-    if isinstance(listener, str) and listener.startswith(UNIX_PREFIX):
+    if makes_file(listener):
         path = listener.removeprefix(UNIX_PREFIX)
         if not path:
             raise ValueError(f"{listener!r}: give the path of the socket, as in unix:/run/app.sock")
@@ -162,6 +162,11 @@ def open_listener(listener: Any, socket_file: SocketFile | None = None) -> Any:
         return sock
     family, address = parse_listener(listener)
     return _listen(family, address)
+
+
+def makes_file(listener: Any) -> bool:
+    """Whether :func:`open_listener` makes a file for ``listener``."""
+    return isinstance(listener, str) and listener.startswith(UNIX_PREFIX)
 
 
 def _listen(family: int, address: Any, socket_file: SocketFile | None = None) -> socket.socket:

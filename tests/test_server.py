@@ -19,7 +19,7 @@ from gevent.server import StreamServer
 import gmprpc
 from gmprpc.streams import PlainStream
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, is_listening, wait_until
 
 # Listening.
 
@@ -69,6 +69,38 @@ def test_it_listens_on_a_unix_socket_and_removes_its_file(service: gmprpc.Servic
         assert peer.call("echo", 1) == [1, 0, None, 1]
     assert not path.exists()
     serve_once(server)
+
+
+def test_it_listens_at_several_places(service: gmprpc.Service, tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "two"]
+    listeners: list[Any] = [("127.0.0.1", 0), *(f"unix:{path}" for path in paths)]
+    server = gmprpc.Server(listeners, service, socket_mode=0o600)
+    assert server.addresses == listeners
+    with server:
+        assert server.address == ("127.0.0.1", server.server_port)
+        assert server.addresses == [server.address, *listeners[1:]]
+        assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o600, 0o600]
+        for address in server.addresses:
+            with Peer.connect(address) as peer:
+                assert peer.call("echo", address) == [1, 0, None, address if isinstance(address, str) else [*address]]
+        assert server.statistics()["connections"] == 3
+    assert not any(path.exists() for path in paths)
+    assert not is_listening(("127.0.0.1", server.server_port))
+
+
+def test_where_one_of_its_places_is_taken_it_listens_at_none(service: gmprpc.Service, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with gmprpc.Server(("127.0.0.1", 0)) as other:
+        server = gmprpc.Server([f"unix:{path}", other.address], service)
+        with pytest.raises(OSError, match="in use"):
+            server.start()
+        assert not server.started
+        assert not path.exists()
+
+
+def test_there_has_to_be_a_place_in_a_list_of_them() -> None:
+    with pytest.raises(ValueError, match="the list of listeners is empty"):
+        gmprpc.Server([])
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="this system doesn't tell who has connected")
