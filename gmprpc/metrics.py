@@ -38,6 +38,10 @@ class Counters:
     resent_requests: int = 0
     #: Answers that a handler gave after its connection had gone, or its time was over.
     dropped_answers: int = 0
+    #: Bytes that came from peers and that went to them, without those of TLS; only where a server's ``counts_bytes`` is
+    #: set.
+    received_bytes: int = 0
+    sent_bytes: int = 0
 
     def snapshot(self) -> dict[str, int]:
         """The counters as they are now."""

@@ -35,7 +35,7 @@ from .options import (
     check_timeout,
 )
 from .service import Registry, Service
-from .streams import PlainStream, Stream, TLSStream
+from .streams import CountingStream, PlainStream, Stream, TLSStream
 from .transport import (
     UNIX_HOST,
     UNIX_PREFIX,
@@ -146,6 +146,8 @@ class Server(Registry):
         self.stop_timeout = stop_timeout
         #: What ``$/health`` tells, unless the server is stopping: for the program to set. Calls are served either way.
         self.is_healthy = True
+        #: Whether :meth:`statistics` counts the bytes of connections that begin from now on; for the program to set.
+        self.counts_bytes = False
         self._listener = listener
         self._file_wanted = SocketFile(socket_mode, socket_user, socket_group)
         self._ssl_context = ssl_context
@@ -404,6 +406,8 @@ class Server(Registry):
         self._live(connection)
 
     def _connection_on(self, stream: Stream, peer: Any) -> Connection:
+        if self.counts_bytes:
+            stream = CountingStream(stream, self._counters)
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
         self._connections[gevent.getcurrent()] = connection
         return connection

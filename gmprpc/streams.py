@@ -18,6 +18,7 @@ from gevent import monkey
 from gevent.socket import wait_read, wait_write
 
 from .exceptions import ConnectionClosed
+from .metrics import Counters
 from .options import WRITE_TIMEOUT
 
 # How much is read at once: a message of 64 KiB shall come in one piece.
@@ -383,6 +384,37 @@ class TLSStream:
         except BlockingIOError:
             return False
         return True
+
+
+class CountingStream:
+    """Another stream, whose bytes are counted."""
+
+    def __init__(self, stream: Stream, counters: Counters) -> None:
+        self._stream = stream
+        self._counters = counters
+        self._recv, self._send = stream.recv, stream.send
+        self.fileno = stream.fileno
+        self.write_fileno = stream.write_fileno
+        self.close = stream.close
+        self.abandon = stream.abandon
+
+    @property
+    def is_amid_record(self) -> bool:
+        return self._stream.is_amid_record
+
+    def recv(self) -> bytes:
+        data = self._recv()
+        self._counters.received_bytes += len(data)
+        return data
+
+    def send(self, data: Any, /) -> int:
+        sent = self._send(data)
+        self._counters.sent_bytes += sent
+        return sent
+
+    def finish(self, data: bytes, *, linger: bool) -> None:
+        self._counters.sent_bytes += len(data)  # Whether all of it goes nobody learns.
+        self._stream.finish(data, linger=linger)
 
 
 def _set_up_tcp(sock: stdlib_socket.socket, write_timeout: float | None) -> None:

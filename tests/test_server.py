@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import msgpack
 import pytest
 from gevent import socket
 from gevent.event import Event
@@ -270,6 +271,29 @@ def test_on_accept_sees_the_socket_and_may_refuse_it(service: gmprpc.Service) ->
         with Peer.connect(server.address) as taken:
             assert taken.call("echo", 1) == [1, 0, None, 1]
         assert server.statistics()["connections"] == 1
+
+
+def test_bytes_are_counted_where_that_is_asked_for(service: gmprpc.Service) -> None:
+    request, answer = msgpack.packb([0, 0, "echo", ["hello"]]), msgpack.packb([1, 0, None, "hello"])
+    with gmprpc.Server(("127.0.0.1", 0), service) as server:
+        serve_once_more(server, "echo", 1)
+        server.counts_bytes = True
+        with Peer.connect(server.address) as peer:
+            peer.call("echo", "hello")
+            statistics = server.statistics()
+            assert (statistics["received_bytes"], statistics["sent_bytes"]) == (len(request), len(answer))
+            peer.send([0, 0, "hold", ["hello"]])
+            wait_until(lambda: server.statistics()["in_flight"] == 1)
+            peer.shutdown()
+            serve_once_more(server, "release")
+            assert peer.receive() == [1, 0, None, "hello"]
+        wait_until(lambda: not server.connections)
+        assert server.statistics()["sent_bytes"] == 2 * len(answer) + len(msgpack.packb([1, 0, None, None]))
+
+
+def serve_once_more(server: gmprpc.Server, method: str = "echo", *params: Any) -> None:
+    with Peer.connect(server.address) as peer:
+        peer.call(method, *params)
 
 
 def test_an_on_accept_that_fails_refuses_and_is_logged(

@@ -23,7 +23,8 @@ from gevent.socket import wait_read, wait_write
 
 from gmprpc import streams
 from gmprpc.exceptions import ConnectionClosed
-from gmprpc.streams import PlainStream, TLSStream, send_all
+from gmprpc.metrics import Counters
+from gmprpc.streams import CountingStream, PlainStream, TLSStream, send_all
 
 from .helpers import fill, is_closed, receive
 from .tls_peers import HANDSHAKE, Forger, RecordPeer, client_hello
@@ -369,6 +370,36 @@ def test_a_peer_that_never_stops_talking_does_not_keep_the_hub(ours: PlainStream
     assert not finishing.ready()
     finishing.kill()
     timer.join()
+
+
+# A stream whose bytes are counted.
+
+
+def test_what_is_received_and_sent_is_counted(ours: PlainStream, peers: Any) -> None:
+    counters = Counters()
+    stream = CountingStream(ours, counters)
+    assert (stream.fileno(), stream.write_fileno(), stream.is_amid_record) == (ours.fileno(), ours.fileno(), False)
+    with pytest.raises(BlockingIOError):
+        stream.recv()
+    peers.sendall(b"hello")
+    assert receive(stream) == b"hello"
+    assert stream.send(b"hi") == 2
+    stream.finish(b"bye", linger=False)
+    assert peers.recv(10) == b"hibye"
+    assert (counters.received_bytes, counters.sent_bytes) == (5, 5)
+    assert stream.fileno() == -1
+
+
+def test_what_does_not_go_is_not_counted(ours: PlainStream, peers: Any) -> None:
+    counters = Counters()
+    stream = CountingStream(ours, counters)
+    assert fill(stream) == counters.sent_bytes > 0
+
+
+@pytest.mark.parametrize("end", ["close", "abandon"])
+def test_a_counting_stream_ends_as_the_one_in_it(ours: PlainStream, end: str) -> None:
+    getattr(CountingStream(ours, Counters()), end)()
+    assert ours.fileno() == -1
 
 
 # TLS.
