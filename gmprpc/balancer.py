@@ -75,6 +75,8 @@ class Balancer:
             client_options=client_options,
         )
         self._settings.check()
+        #: Where the servers are, where one address says that; None where several do, or a function is asked.
+        self.address = self._settings.discovery.address
         self._past: Counter[str] = Counter()
         self._pools = PerHub(partial(Pool, self._settings, self._past))
         self._is_closed = False

@@ -19,6 +19,8 @@ class Discovery(Protocol):
     changes: bool
     #: The one name of all endpoints, for their certificates; None if each has its own.
     hostname: str | None
+    #: The one address that says where they all are; None if there is none.
+    address: Any
 
     def look_up(self) -> list[Any]:
         """The addresses that there are now; may wait.
@@ -38,6 +40,7 @@ class Listed:
         self._addresses = [parse_address(address) for address in addresses]
         if not self._addresses:
             raise ValueError("there has to be at least one address")
+        self.address = self._addresses[0] if len(self._addresses) == 1 else None
 
     def look_up(self) -> list[Any]:
         return self._addresses
@@ -50,14 +53,13 @@ class Resolved:
 
     def __init__(self, host: str, port: int) -> None:
         self.hostname: str | None = host
-        self._port = port
+        self.address = (host, port)
 
     def look_up(self) -> list[Any]:
         try:
-            found = socket.getaddrinfo(self.hostname, self._port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(*self.address, type=socket.SOCK_STREAM)
         except OSError as exc:
-            where = format_address((self.hostname, self._port))
-            raise ConnectFailed(f"can't resolve {where}: {exc.strerror or exc}") from exc
+            raise ConnectFailed(f"can't resolve {format_address(self.address)}: {exc.strerror or exc}") from exc
         return [parse_address(address) for *_, address in found]
 
 
@@ -66,6 +68,7 @@ class Asked:
 
     changes = True
     hostname: str | None = None
+    address = None
 
     def __init__(self, ask: Callable[[], Iterable[Any]]) -> None:
         self._ask = ask

@@ -19,6 +19,7 @@ FLOORS: dict[str, int] = {
     "cli": 10,
     "balancer": 9,
     "pool": 8,
+    "otel": 8,
     "client": 7,
     "server": 7,
     "service": 6,
