@@ -1,4 +1,4 @@
-"""Accepts connections and serves them: the listener, the set of live connections, the graceful stop."""
+"""Accepts connections and serves them: the listeners, and the set of live connections."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import gevent
 from gevent import GreenletExit
-from gevent.event import Event
 
 from .acceptor import Acceptor, ConnectionGreenlets
 from .connection import Connection, current_call
+from .draining import Stopping
 from .exceptions import RPCError
 from .expiry import expiring
 from .log import log
@@ -49,12 +49,6 @@ from .transport import (
 logger = logging.getLogger("gmprpc.server")
 
 Hook = Callable[..., Any]
-
-# How long `stop` waits for connections that it has cut: their greenlets only have to notice.
-_ABORT_TIMEOUT = 1.0
-
-# How long `stop` gives TLS handshakes that are under way: some round trips. Picked arbitrarily.
-_HANDSHAKE_GRACE = 0.5
 
 
 class Server(Registry):
@@ -181,8 +175,7 @@ class Server(Registry):
         self._greenlets = ConnectionGreenlets()
         self._arrivals: dict[Any, Callable[[], Any]] = {}  # What has no connection yet, with what closes it.
         self._handshakes: set[Any] = set()  # Those of the greenlets that have no connection yet.
-        self._is_stopping = False
-        self._stopped = Event()
+        self._stopping = self._new_stopping()
         self._hub: Any = None  # Of the thread that starts it; a program may fork before.
 
     # Where it listens.
@@ -239,8 +232,7 @@ class Server(Registry):
         """
         if self._acceptors:
             return
-        self._is_stopping = False
-        self._stopped = Event()  # An earlier stop may still be waiting for its connections.
+        self._stopping = self._new_stopping()  # An earlier one may still be waiting for its connections.
         self._hub = gevent.get_hub()
         acceptors: list[Acceptor] = []
         try:
@@ -279,10 +271,10 @@ class Server(Registry):
             if gevent.get_hub().main_hub:  # Also where monkey-patching has made a thread of each greenlet.
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     _handle_signal(stack, signum, partial(self._on_signal, signum, timeout))
-            self._stopped.wait()
+            self._stopping.over.wait()
 
     def _on_signal(self, signum: int, timeout: float | None) -> None:
-        if self._is_stopping and signum == signal.SIGINT:
+        if self._stopping.is_begun and signum == signal.SIGINT:
             timeout = 0
         self.stop(timeout)
 
@@ -317,49 +309,10 @@ class Server(Registry):
         """
         if timeout is None:
             timeout = self.stop_timeout
-        if self._hub is not None and gevent.get_hub() is not self._hub:
-            if (loop := self._hub.loop) is not None:  # It goes when its thread ends.
-                loop.run_callback_threadsafe(gevent.spawn, self._stop, timeout)
-            return 0
-        # In a greenlet of its own: whoever waits for it may lose patience.
-        stopping = gevent.spawn(self._stop, timeout)
-        current: Any = gevent.getcurrent()
-        if _is_in_handler() or current in self._greenlets or current is self._hub:
-            return 0
-        cut: int = stopping.get()
-        return cut
+        return self._stopping.stop(self._hub, timeout)
 
-    def _stop(self, timeout: float | None) -> int:
-        self._is_stopping = True
-        stopped = self._stopped
-        self.close()
-        # A request may have come right behind the handshake; but most who are still at it have nothing to say.
-        handshakes = gevent.spawn_later(_HANDSHAKE_GRACE, self._end_handshakes)
-        for connection in self._connections.values():
-            connection.finish()
-        greenlets = list(self._greenlets)  # Not those that come after another start.
-        gevent.joinall(greenlets, timeout)
-        handshakes.kill(block=False)
-        late = [greenlet for greenlet in greenlets if not greenlet.ready()]
-        connections = [self._connections[greenlet] for greenlet in late if greenlet in self._connections]
-        if cut := sum(connection.in_flight for connection in connections):
-            # Here, where it is known: if this call cuts short one that waits, that one comes to the end first.
-            log(logger, logging.WARNING, "%d requests were cut after %g s", cut, timeout)
-        # Who has its answers, and doesn't hang up, isn't waited for any longer either.
-        gevent.killall([greenlet for greenlet in late if not self._has_live_connection(greenlet)], block=False)
-        for connection in connections:
-            connection.abort()
-        gevent.joinall(late, _ABORT_TIMEOUT)
-        gevent.killall(late, block=False)
-        stopped.set()
-        return cut
-
-    def _end_handshakes(self) -> None:
-        gevent.killall(self._handshakes, block=False)
-
-    def _has_live_connection(self, greenlet: Any) -> bool:
-        connection = self._connections.get(greenlet)
-        return connection is not None and not connection.is_closed
+    def _new_stopping(self) -> Stopping:
+        return Stopping(self.close, self._greenlets, self._connections, self._handshakes)
 
     def _abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from: here nothing is started."""
@@ -373,7 +326,7 @@ class Server(Registry):
         self._greenlets.kill(block=False)
 
     def _is_serving(self) -> bool:
-        return self.is_healthy and not self._is_stopping
+        return self.is_healthy and not self._stopping.is_begun
 
     def __enter__(self) -> Self:
         self.start()
@@ -414,7 +367,7 @@ class Server(Registry):
 
     def _live(self, connection: Connection) -> Exception | None:
         """Carry the connection of this greenlet through to its end; returns what was wrong with that."""
-        if self._is_stopping:
+        if self._stopping.is_begun:
             connection.finish()
         try:
             error = connection.run()
@@ -490,14 +443,6 @@ def _dispatched(on_dispatch: Hook, function: Handler) -> Handler:
         return function(*params)
 
     return dispatch
-
-
-def _is_in_handler() -> bool:
-    try:
-        current_call()
-    except LookupError:
-        return False
-    return True
 
 
 def _handle_signal(stack: ExitStack, signum: int, handler: Callable[[], Any]) -> None:

@@ -486,7 +486,7 @@ print(server.server_port, flush=True)
 if sys.argv[1] == "serve_forever":
     server.serve_forever()
 else:
-    server._stopped.wait()
+    server._stopping.over.wait()
 print("stopped", flush=True)
 """
 
@@ -583,7 +583,7 @@ def test_what_is_started_while_a_stop_still_waits_is_left_alone_by_it(
 
 def test_at_the_deadline_of_a_stop_nobody_lingers(service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gmprpc.streams._FAREWELL_TIMEOUT", 1000.0)
-    monkeypatch.setattr("gmprpc.server._ABORT_TIMEOUT", 1000.0)
+    monkeypatch.setattr("gmprpc.draining._ABORT_TIMEOUT", 1000.0)
     server = gmprpc.Server(("127.0.0.1", 0), service)
     server.start()
     with Peer.connect(server.address) as peer:

@@ -23,6 +23,7 @@ FLOORS: dict[str, int] = {
     "client": 7,
     "server": 7,
     "service": 6,
+    "draining": 6,
     "link": 6,
     "errand": 5,
     "discovery": 5,
