@@ -34,7 +34,7 @@ from .options import (
     check_limit,
     check_timeout,
 )
-from .service import Registry, Service
+from .service import Registry, Service, refuse_http
 from .streams import CountingStream, PlainStream, Stream, TLSStream
 from .transport import (
     UNIX_HOST,
@@ -86,6 +86,10 @@ class Server(Registry):
     ``$/describe``.
     """
 
+    #: How many connections it accepts in a row before others have their turn, as :class:`gevent.server.StreamServer`
+    #: has it; a process that shares its listener with others should take one at a time.
+    max_accept = 100
+
     def __init__(
         self,
         listener: Any,
@@ -136,19 +140,20 @@ class Server(Registry):
         #: What can be called.
         self.service = Service() if service is None else service
         super().__init__(self.service._methods)
+        #: As they were given; a program that runs the server of another may change them before it starts.
+        self.listener = listener
+        self.ssl_context = ssl_context
+        self.max_connections = max_connections
         #: Seconds that :meth:`stop` gives what is in flight.
         self.stop_timeout = stop_timeout
         #: What ``$/health`` tells, unless the server is stopping: for the program to set. Calls are served either way.
         self.is_healthy = True
         #: Whether :meth:`statistics` counts the bytes of connections that begin from now on; for the program to set.
         self.counts_bytes = False
-        self._listener = listener
         self._file_wanted = SocketFile(socket_mode, socket_user, socket_group)
-        self._ssl_context = ssl_context
         self._on_accept = on_accept
         self._on_error = on_error
         self._on_eof = on_eof
-        self._max_connections = max_connections
         self._handshake_timeout = handshake_timeout
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
@@ -191,7 +196,7 @@ class Server(Registry):
     @property
     def addresses(self) -> list[Any]:
         """Every place where the server listens, each as :attr:`address` has it."""
-        return [acceptor.place for acceptor in self._acceptors] or _listeners_of(self._listener)
+        return [acceptor.place for acceptor in self._acceptors] or _listeners_of(self.listener)
 
     @property
     def server_host(self) -> str | None:
@@ -236,7 +241,7 @@ class Server(Registry):
         self._hub = gevent.get_hub()
         acceptors: list[Acceptor] = []
         try:
-            for listener in _listeners_of(self._listener):
+            for listener in _listeners_of(self.listener):
                 acceptors.append(self._acceptor_of(listener))
         except BaseException:
             for acceptor in acceptors:
@@ -248,16 +253,18 @@ class Server(Registry):
         _servers.add(self)
 
     def _acceptor_of(self, listener: Any) -> Acceptor:
-        return Acceptor(
+        acceptor = Acceptor(
             open_listener(listener, self._file_wanted),
             self._serve,
             self._greenlets,
             self._arrivals,
-            max_connections=self._max_connections,
+            max_connections=self.max_connections,
             counters=self._counters,
             owns_file=makes_file(listener),
             is_borrowed=hasattr(listener, "accept"),
         )
+        acceptor.max_accept = self.max_accept
+        return acceptor
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
         """Serve until :meth:`stop` is called, or SIGTERM or SIGINT comes.
@@ -290,6 +297,19 @@ class Server(Registry):
         life = self._greenlets.spawn(lambda: self._live(self._connection_on(stream, peer)))
         error: Exception | None = life.get()
         return error
+
+    def __call__(self, socket: Any, address: Any) -> None:
+        """Serve ``socket``, which a plain :class:`gevent.server.StreamServer` has accepted, as one of its own.
+
+        Blocks this greenlet until its peer is done and everything is answered; :meth:`stop` ends it.
+
+        Raises:
+            TypeError: this is called as a WSGI application.
+        """
+        refuse_http(address)
+        self._hub = gevent.get_hub()
+        _servers.add(self)
+        self._greenlets.spawn(self._serve, socket, address).get()
 
     def close(self) -> None:
         """Close the listener: no new connections. Those that are there live on."""
@@ -344,9 +364,9 @@ class Server(Registry):
         plain = PlainStream(socket, write_timeout=self._options.write_timeout)
         self._arrivals[socket] = plain.abandon
         stream: Stream = plain
-        if self._ssl_context is not None:
+        if self.ssl_context is not None:
             try:
-                stream = self._shake_hands(plain, self._ssl_context)
+                stream = self._shake_hands(plain, self.ssl_context)
             except RPCError as exc:
                 plain.close()
                 log(logger, logging.WARNING, "connection with %s: %s", format_address(peer), exc)

@@ -123,16 +123,21 @@ class Service(Registry):
         Raises:
             TypeError: this is called as a WSGI application, or with a TLS socket.
         """
-        if callable(address):
-            raise TypeError(
-                "a gmprpc service speaks MessagePack-RPC, not HTTP: run it with `gmprpc serve`, or with gunicorn's "
-                "`-k gmprpc.gunicorn.Worker`"
-            )
+        refuse_http(address)
         peer = peer_of(socket, address)
         connection = Connection(
             PlainStream(socket), self._own_table, ConnectionOptions(), counters=self._counters, peer=peer
         )
         connection.run()
+
+
+def refuse_http(address: Any) -> None:
+    """Raise a TypeError that says what to do instead if this is ``start_response``: somebody expects WSGI."""
+    if callable(address):
+        raise TypeError(
+            "a gmprpc service speaks MessagePack-RPC, not HTTP: run it with `gmprpc serve`, or with gunicorn's "
+            "`-k gmprpc.gunicorn.Worker`"
+        )
 
 
 def _deferred(callback: Handler) -> Handler:

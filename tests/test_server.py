@@ -20,7 +20,7 @@ from gevent.server import StreamServer
 import gmprpc
 from gmprpc.streams import PlainStream
 
-from .helpers import Peer, is_listening, wait_until
+from .helpers import Peer, is_listening, listening, wait_until
 
 # Listening.
 
@@ -207,9 +207,54 @@ def test_a_plain_stream_server_can_run_a_service(service: gmprpc.Service) -> Non
     server.stop()
 
 
-def test_a_service_that_is_called_as_wsgi_says_what_to_do(service: gmprpc.Service) -> None:
+def test_a_plain_stream_server_can_accept_for_a_server(service: gmprpc.Service) -> None:
+    hooks: list[str] = []
+    server = gmprpc.Server(
+        None, service, on_accept=lambda *_: hooks.append("accept"), on_eof=lambda *_: hooks.append("eof")
+    )
+    acceptor = StreamServer(("127.0.0.1", 0), server)
+    acceptor.start()
+    with Peer.connect(acceptor.address) as peer, Peer.connect(acceptor.address) as waiting:
+        peer.send([0, 1, "hold", ["late"]], [0, 2, "release", []])
+        peer.shutdown()
+        assert sorted(peer.receive_rest()) == [[1, 1, None, "late"], [1, 2, None, None]]
+        assert waiting.call("echo", 1) == [1, 0, None, 1]
+        assert len(server.connections) == 1
+        server.stop()
+        assert waiting.receive_rest() == []
+    assert hooks == ["accept", "accept", "eof", "eof"]
+    acceptor.stop()
+
+
+def test_two_servers_may_share_a_listener(service: gmprpc.Service) -> None:
+    with listening(("127.0.0.1", 0)) as listener:
+        one, two = (gmprpc.Server(listener.dup(), service) for _ in range(2))
+        one.max_accept = two.max_accept = 1
+        with one, two:
+            peers = [Peer.connect(one.address) for _ in range(10)]
+            assert [peer.call("echo", 1) for peer in peers] == [[1, 0, None, 1]] * len(peers)
+            assert one.statistics()["connections"] + two.statistics()["connections"] == len(peers)
+            one.stop()  # The listener stays open.
+            with Peer.connect(two.address) as peer:
+                assert peer.call("echo", 2) == [1, 0, None, 2]
+            for peer in peers:
+                peer.close()
+
+
+def test_who_runs_the_server_of_another_may_say_where_and_how(service: gmprpc.Service) -> None:
+    server = gmprpc.Server("unix:/not/there", service)
+    server.listener = [("127.0.0.1", 0)]
+    server.max_connections = 1
+    with server, Peer.connect(server.address) as peer, Peer.connect(server.address) as refused:
+        assert peer.call("echo", 1) == [1, 0, None, 1]
+        assert refused.receive_rest() == []
+
+
+@pytest.mark.parametrize("kind", ["service", "server"])
+def test_what_is_called_as_wsgi_says_what_to_do(service: gmprpc.Service, kind: str) -> None:
+    application: Any = service if kind == "service" else gmprpc.Server(None, service)
     with pytest.raises(TypeError, match=r"gmprpc\.gunicorn\.Worker"):
-        service({"REQUEST_METHOD": "GET"}, lambda *args: None)
+        application({"REQUEST_METHOD": "GET"}, lambda *args: None)
 
 
 def test_methods_may_be_registered_and_forgotten_while_connections_live(server: gmprpc.Server, peer: Peer) -> None:
