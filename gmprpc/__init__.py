@@ -23,7 +23,7 @@ from .exceptions import (
 from .reply import PendingCall, Reply
 from .server import Server, mprpc_server
 from .service import Service
-from .transport import UnixPeer
+from .transport import InetPeer, UnixPeer
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "Connection",
     "ConnectionClosed",
     "ErrorResponse",
+    "InetPeer",
     "MessageTooLarge",
     "MethodNotFound",
     "PendingCall",

@@ -32,7 +32,8 @@ _PAUSE = 0.5
 
 # What may happen for every connection that comes is logged once in so many seconds. Picked arbitrarily.
 _EXHAUSTED_INTERVAL = 60.0
-_REFUSED_INTERVAL = 1.0
+#: The same for those that are refused.
+REFUSED_INTERVAL = 1.0
 
 if TYPE_CHECKING:
     _Greenlet = Greenlet[Any, Any]
@@ -78,8 +79,8 @@ class Acceptor(StreamServer):
         self._max_connections = max_connections
         self._counters = counters
         self._pause: Any = None  # The timer that ends it.
-        self._exhausted = _Notice(_EXHAUSTED_INTERVAL)
-        self._refused = _Notice(_REFUSED_INTERVAL)
+        self._exhausted = Notice(_EXHAUSTED_INTERVAL)
+        self._refused = Notice(REFUSED_INTERVAL)
         spawn: Any = greenlets.spawn  # Not the group: then `stop` would kill it, and its fullness be asked for.
         super().__init__(listener, handle, spawn=spawn)
         self._is_borrowed = is_borrowed
@@ -169,7 +170,7 @@ class Acceptor(StreamServer):
             self._pause = None
 
 
-class _Notice:
+class Notice:
     """Something to log that may happen again and again: once in ``interval`` seconds is enough."""
 
     def __init__(self, interval: float) -> None:
@@ -177,6 +178,7 @@ class _Notice:
         self._logged_at = -interval
 
     def log(self, message: str, *args: Any) -> None:
+        """Log it as a warning, unless that was done just now; in any greenlet, and in the hub."""
         if (now := perf_counter()) - self._logged_at >= self._interval:
             self._logged_at = now
             log_soon(logger, logging.WARNING, message, *args)

@@ -101,7 +101,7 @@ class Call:
 
     @property
     def peer(self) -> Any:
-        """Who calls: ``(host, port, ...)``, or a :class:`~gmprpc.UnixPeer` with its process and user."""
+        """Who calls: an :class:`~gmprpc.InetPeer`, ``(host, port, ...)``, or a :class:`~gmprpc.UnixPeer`."""
         return self.connection.peer
 
 

@@ -14,8 +14,11 @@ class Counters:
 
     #: Connections accepted or made.
     connections: int = 0
-    #: Connections closed as soon as they were accepted, because there were ``max_connections`` already.
+    #: Connections closed as soon as they were accepted: there were ``max_connections`` already, or one told of somebody
+    #: else by the PROXY protocol and isn't among ``proxy_allow_from``.
     refused_connections: int = 0
+    #: Connections that were accepted and got no further than their PROXY header or their TLS handshake.
+    failed_handshakes: int = 0
     #: Connections that ended with an error: lost, reset, or not MessagePack-RPC.
     failed_connections: int = 0
     #: Of these, the ones whose peer broke the protocol.

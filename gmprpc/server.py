@@ -7,7 +7,7 @@ import os
 import signal
 import ssl
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any, Self
@@ -18,7 +18,7 @@ from gevent import GreenletExit
 from .acceptor import Acceptor, ConnectionGreenlets
 from .connection import Connection, current_call
 from .draining import Stopping
-from .exceptions import RPCError
+from .entrance import Entrance
 from .expiry import expiring
 from .log import log
 from .methods import Handler, Wrapper
@@ -34,16 +34,15 @@ from .options import (
     check_limit,
     check_timeout,
 )
+from .proxyprotocol import ProxyProtocol
 from .service import Registry, Service, refuse_http
-from .streams import CountingStream, PlainStream, Stream, TLSStream
+from .streams import CountingStream, Stream
 from .transport import (
     UNIX_HOST,
     UNIX_PREFIX,
     SocketFile,
-    format_address,
     makes_file,
     open_listener,
-    peer_of,
 )
 
 logger = logging.getLogger("gmprpc.server")
@@ -59,12 +58,18 @@ class Server(Registry):
     each. ``service`` has the methods; without one the server makes its own, and the server's own registration methods
     go to it either way.
 
+    With ``proxy_protocol`` ``"v1"`` or ``"v2"`` each connection begins with a header of the PROXY protocol, in that
+    version, in which a balancer tells for whom it has connected: the ``peer`` then. With ``"auto"`` there may be either
+    or none. ``proxy_allow_from`` has the addresses and networks of those that are believed, ``"unix"`` for all at unix
+    sockets; by default ``127.0.0.0/8``, ``::1`` and ``"unix"``. Others are refused, with "auto" if they have a header.
+
     ``socket_mode``, ``socket_user`` and ``socket_group`` are those of the file of ``"unix:/path"``: who may write to it
     may connect. It is theirs before anybody can.
 
     Hooks run in the greenlet of the connection, ``on_dispatch`` in that of the request:
 
-    * ``on_accept(socket, address)``: before anything is read; False refuses the connection.
+    * ``on_accept(socket, address)``: before anything is read; False refuses the connection. ``address`` may be that of
+      a balancer.
     * ``on_dispatch(connection, message)``: for every request and notification, of unknown methods too; ``message`` is
       the decoded array. What it raises is the answer.
     * ``on_error(connection, exc)``, ``on_eof(connection)``: each connection ends with exactly one of them.
@@ -73,11 +78,11 @@ class Server(Registry):
     and notifications in flight on one connection, until their answers have been sent, and ``max_unsent_size`` bytes
     that wait to be sent, beyond either of which it isn't read; ``max_connections``, beyond which a new one is closed.
 
-    Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS,
-    ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for a peer that takes no
-    answers, ``idle_timeout`` for a connection on which nothing happens and nothing is at work. ``reply_timeout`` ends
-    no connection: it is what a request may take before it is answered with an error, and :exc:`CallCancelled` raised
-    in its handler. ``stop_timeout`` is for :meth:`stop`.
+    Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS, and for
+    the PROXY protocol's header, ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for
+    a peer that takes no answers, ``idle_timeout`` for a connection on which nothing happens and nothing is at work.
+    ``reply_timeout`` ends no connection: it is what a request may take before it is answered with an error, and
+    :exc:`CallCancelled` raised in its handler. ``stop_timeout`` is for :meth:`stop`.
 
     ``packer_options`` and ``unpacker_options`` go to msgpack's Packer and Unpacker; their hooks must not block.
     ``hide_errors`` answers ``internal error (id)`` in place of what a handler raised; the log has the id too.
@@ -96,6 +101,9 @@ class Server(Registry):
         service: Service | None = None,
         *,
         ssl_context: ssl.SSLContext | None = None,
+        # The balancer in front
+        proxy_protocol: ProxyProtocol = "off",
+        proxy_allow_from: Iterable[str] | None = None,
         # The file of a unix socket
         socket_mode: int | None = None,
         socket_user: str | int | None = None,
@@ -154,7 +162,6 @@ class Server(Registry):
         self._on_accept = on_accept
         self._on_error = on_error
         self._on_eof = on_eof
-        self._handshake_timeout = handshake_timeout
         self._options = ConnectionOptions(
             max_message_size=max_message_size,
             max_concurrency=max_concurrency,
@@ -179,7 +186,14 @@ class Server(Registry):
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
         self._greenlets = ConnectionGreenlets()
         self._arrivals: dict[Any, Callable[[], Any]] = {}  # What has no connection yet, with what closes it.
-        self._handshakes: set[Any] = set()  # Those of the greenlets that have no connection yet.
+        self._entrance = Entrance(
+            proxy_protocol=proxy_protocol,
+            proxy_allow_from=proxy_allow_from,
+            handshake_timeout=handshake_timeout,
+            write_timeout=write_timeout,
+            arrivals=self._arrivals,
+            counters=self._counters,
+        )
         self._stopping = self._new_stopping()
         self._hub: Any = None  # Of the thread that starts it; a program may fork before.
 
@@ -332,7 +346,7 @@ class Server(Registry):
         return self._stopping.stop(self._hub, timeout)
 
     def _new_stopping(self) -> Stopping:
-        return Stopping(self.close, self._greenlets, self._connections, self._handshakes)
+        return Stopping(self.close, self._greenlets, self._connections, self._entrance.under_way)
 
     def _abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from: here nothing is started."""
@@ -358,24 +372,12 @@ class Server(Registry):
     # The life of a connection, in its own greenlet.
 
     def _serve(self, socket: Any, address: Any) -> None:
-        peer = peer_of(socket, address)
         if self._on_accept is not None and self._run_hook(self._on_accept, socket, address, failed=False) is False:
             return
-        plain = PlainStream(socket, write_timeout=self._options.write_timeout)
-        self._arrivals[socket] = plain.abandon
-        stream: Stream = plain
-        if self.ssl_context is not None:
-            try:
-                stream = self._shake_hands(plain, self.ssl_context)
-            except RPCError as exc:
-                plain.close()
-                log(logger, logging.WARNING, "connection with %s: %s", format_address(peer), exc)
-                return
-            except BaseException:  # Killed by `stop`.
-                plain.close()
-                raise
-        connection = self._connection_on(stream, peer)
-        del self._arrivals[socket]
+        if (taken_in := self._entrance.take_in(socket, address, self.ssl_context)) is None:
+            return
+        connection = self._connection_on(*taken_in)
+        del self._arrivals[socket], taken_in
         self._live(connection)
 
     def _connection_on(self, stream: Stream, peer: Any) -> Connection:
@@ -399,17 +401,6 @@ class Server(Registry):
         elif error is None and self._on_eof is not None:
             self._run_hook(self._on_eof, connection)
         return error
-
-    def _shake_hands(self, stream: PlainStream, context: ssl.SSLContext) -> TLSStream:
-        tls = TLSStream(stream, context, server_side=True)
-        late = RPCError(f"no TLS handshake within {self._handshake_timeout} s")
-        self._handshakes.add(gevent.getcurrent())
-        try:
-            with gevent.Timeout(self._handshake_timeout, late):
-                tls.handshake()
-        finally:
-            self._handshakes.discard(gevent.getcurrent())
-        return tls
 
     def _run_hook(self, hook: Hook, *args: Any, failed: Any = None) -> Any:
         """What ``hook`` returns; what it raises is logged, and it is as if it had returned ``failed``."""

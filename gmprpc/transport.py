@@ -13,7 +13,7 @@ import stat
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from gevent import socket
 from gevent.baseserver import parse_address as parse_listener  # type: ignore[attr-defined]  # The stubs forgot it.
@@ -72,6 +72,32 @@ def format_address(address: Any) -> str:
     return str(address)
 
 
+class InetPeer(tuple[Any, ...]):
+    """Who is at the other end of a TCP connection: ``(host, port)``, of IPv6 ``(host, port, flow, scope)``.
+
+    It compares, and is pickled, as the tuple that it is.
+    """
+
+    #: The address of the balancer that has connected for this peer, and says so (PROXY protocol); None without one.
+    proxy: InetPeer | UnixPeer | None
+
+    def __new__(cls, address: tuple[Any, ...], *, proxy: InetPeer | UnixPeer | None = None) -> Self:
+        """The peer at ``address``."""
+        self = super().__new__(cls, address)
+        self.proxy = proxy
+        return self
+
+    @property
+    def host(self) -> str:
+        """The IP address."""
+        return self[0]  # type: ignore[no-any-return]
+
+    @property
+    def port(self) -> int:
+        """The port that the peer calls from."""
+        return self[1]  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, slots=True)
 class UnixPeer:
     """Who is at the other end of a unix socket, as the kernel saw it when that process connected.
@@ -91,10 +117,10 @@ class UnixPeer:
         return self.path if self.pid is None else f"{self.path} (pid {self.pid}, uid {self.uid}, gid {self.gid})"
 
 
-def peer_of(sock: Any, address: Any) -> Any:
-    """Who has connected ``sock``: the ``address`` that the system gave with it, or a :class:`UnixPeer`."""
+def peer_of(sock: Any, address: Any) -> InetPeer | UnixPeer:
+    """Who has connected ``sock``; ``address`` is what the system gave with it."""
     if sock.family != stdlib_socket.AF_UNIX:
-        return address
+        return InetPeer(address)
     name = sock.getsockname()
     path = UNIX_PREFIX + (name if isinstance(name, str) else name.decode(errors="replace").replace("\0", "@"))
     try:

@@ -31,6 +31,7 @@ FLOORS: dict[str, int] = {
     "builtin": 5,
     "expiry": 5,
     "requests": 4,
+    "entrance": 4,
     "calls": 3,
     "acceptor": 3,
     "admin": 4,
@@ -43,6 +44,7 @@ FLOORS: dict[str, int] = {
     "transport": 2,
     "pipes": 2,
     "reply": 1,
+    "proxyprotocol": 1,
     "sweeper": 1,
     "deadline": 1,
     "backoff": 1,
@@ -56,7 +58,18 @@ FLOORS: dict[str, int] = {
 }
 
 #: Modules without I/O, clock or greenlets: they can be tested with bytes alone, and used under any event loop.
-PURE = {"protocol", "methods", "exceptions", "options", "metrics", "sweeper", "deadline", "backoff", "endpoints"}
+PURE = {
+    "protocol",
+    "proxyprotocol",
+    "methods",
+    "exceptions",
+    "options",
+    "metrics",
+    "sweeper",
+    "deadline",
+    "backoff",
+    "endpoints",
+}
 
 IMPURITIES = {"gevent", "greenlet", "socket", "time"}
 

@@ -537,10 +537,10 @@ def test_a_new_client_is_served_while_200_others_stall(
     stalled = [connected(server) for _ in range(200)]
     for i, sock in enumerate(stalled):
         sock.sendall(record_of(client_hello())[: i * 2])
-    wait_until(lambda: len(server._handshakes) == 200)
+    wait_until(lambda: len(server._entrance.under_way) == 200)
     with gmprpc.Client(server.address, **options_of(client_context)) as client:
         assert client.call("echo", 1) == 1
-        assert len(server._handshakes) == 200
+        assert len(server._entrance.under_way) == 200
     for sock in stalled:
         sock.close()
     wait_until(lambda: not server._greenlets)
@@ -1031,7 +1031,7 @@ def test_stop_waits_for_no_handshake_and_for_every_answer(
     peers = [scripted(shaken(server, client_context)) for _ in range(10)]
     for peer in peers:
         peer.send([0, 1, "hold", ["held"]])
-    wait_until(lambda: server.statistics()["in_flight"] == 10 and len(server._handshakes) == 10)
+    wait_until(lambda: server.statistics()["in_flight"] == 10 and len(server._entrance.under_way) == 10)
     for peer in peers:
         peer.send([0, 2, "echo", ["unread"]])
     stopping = gevent.spawn(server.stop)
