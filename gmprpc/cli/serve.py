@@ -21,6 +21,7 @@ from gmprpc.transport import format_address
 from . import demo, limits, parameters
 from .exits import Broken
 from .loading import load_service
+from .making import make_server
 from .parameters import option
 from .running import serve_until, start
 from .stdio import take_standard_streams
@@ -97,9 +98,9 @@ def serve(
     # After the application, which may have an idea of its own; then this does nothing.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if descriptors is not None:
-        _serve_stream(Server(None, service, **limits.keywords(settings)), stream_over(*descriptors), graceful_timeout)
+        _serve_stream(make_server(service, settings), stream_over(*descriptors), graceful_timeout)
         return
-    servers = [Server(bind, service, **limits.keywords(settings, bind)) for bind in binds or [DEFAULT_BIND]]
+    servers = [make_server(service, settings, bind) for bind in binds or [DEFAULT_BIND]]
     start(servers)
     for server in servers:
         click.echo(f"listening on {format_address(server.address)}", err=True)
