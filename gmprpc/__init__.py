@@ -20,6 +20,8 @@ from .exceptions import (
     RemoteError,
     RPCError,
 )
+from .observing import Observer
+from .outcome import Outcome
 from .reply import PendingCall, Reply
 from .server import Server, mprpc_server
 from .service import Service
@@ -41,6 +43,8 @@ __all__ = [
     "InetPeer",
     "MessageTooLarge",
     "MethodNotFound",
+    "Observer",
+    "Outcome",
     "PendingCall",
     "ProtocolError",
     "Proxy",

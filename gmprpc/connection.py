@@ -366,6 +366,11 @@ class Connection:
         return self._phase == _CLOSED
 
     @property
+    def is_abandoned(self) -> bool:
+        """True once it was left to the process that this one was forked off from."""
+        return self._is_abandoned
+
+    @property
     def is_given_up(self) -> bool:
         """True once this side has closed the connection itself, or left it to another process."""
         return self._is_cut or self._is_abandoned

@@ -30,7 +30,7 @@ class Stopping:
     """How a server that has been started comes to its end; a later start has another.
 
     ``close()`` ends accepting; ``greenlets`` are the lives of its connections, ``connections`` has those that got so
-    far, and ``handshakes`` the greenlets that are amid a handshake.
+    far, and ``handshakes`` the greenlets that are amid a handshake; ``catch_up(timeout)`` waits for whoever is told.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Stopping:
         greenlets: ConnectionGreenlets,
         connections: Mapping[Any, Connection],
         handshakes: Set[Any],
+        catch_up: Callable[[float], None],
     ) -> None:
         #: True from the first stop on.
         self.is_begun = False
@@ -48,6 +49,7 @@ class Stopping:
         self._greenlets = greenlets
         self._connections = connections
         self._handshakes = handshakes
+        self._catch_up = catch_up
 
     def stop(self, hub: Any, timeout: float | None) -> int:
         """Stop, and wait for it, where that can be; ``hub`` is the server's. See :meth:`gmprpc.Server.stop`."""
@@ -84,6 +86,7 @@ class Stopping:
             connection.abort()
         gevent.joinall(late, _ABORT_TIMEOUT)
         gevent.killall(late, block=False)
+        self._catch_up(_ABORT_TIMEOUT)
         self.over.set()
         return cut
 

@@ -73,6 +73,8 @@ class ConnectionOptions:
     idle_timeout: float | None = None
     reuse_greenlets: bool = True
     hide_errors: bool = False
+    #: The methods are those of :meth:`gmprpc.observing.Observing.observed`.
+    is_observed: bool = False
     packer_options: Mapping[str, Any] = field(default_factory=dict)
     unpacker_options: Mapping[str, Any] = field(default_factory=dict)
 

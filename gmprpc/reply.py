@@ -27,6 +27,10 @@ else:
 get_thread_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 
 
+class ReplyExpired(ErrorResponse):
+    """What a Reply has failed with that wasn't set in time."""
+
+
 class Reply(_AsyncResult):
     """The answer to one request, to be given now or later, from this greenlet, another one, or a native thread.
 
@@ -125,7 +129,7 @@ class Reply(_AsyncResult):
         except IndexError:
             self._right_to_be_late.clear()
             return False
-        super().set_exception(ErrorResponse(error))
+        super().set_exception(ReplyExpired(error))
         return True
 
     def _claim(self) -> bool:

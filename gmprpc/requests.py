@@ -26,8 +26,9 @@ from .log import log, show_failure, shown
 from .methods import UnknownMethod, params_mismatch
 from .metrics import Counters
 from .options import ConnectionOptions
+from .outcome import Outcome
 from .protocol import RESPONSE, Encoder, Message
-from .reply import Reply, failure_of, get_thread_ident
+from .reply import Reply, ReplyExpired, failure_of, get_thread_ident
 from .transport import format_address
 
 # The logger of the connection: where a request is carried out is nothing that a reader of logs should have to know.
@@ -62,6 +63,27 @@ class AnsweredAlready(BaseException):
     """Raised in place of what a handler has returned or raised (the cause, then) after it was answered for."""
 
 
+class ReplyDropped(ErrorResponse):
+    """What is answered for a Reply that was dropped unanswered."""
+
+    def __init__(self) -> None:
+        super().__init__(DROPPED_REPLY)
+
+
+# Of what a handler hasn't chosen, although it looks so.
+_OUTCOMES: Final = {ReplyExpired: Outcome.EXPIRED, ReplyDropped: Outcome.DROPPED}
+
+
+class Ending(Protocol):
+    """What is to be told how a call has ended; see :class:`gmprpc.observing.Observation`."""
+
+    #: Set when the caller has given the call up.
+    is_cancelled: bool
+
+    def end(self, outcome: Outcome, error: BaseException | None = None) -> None:
+        """The answer has been given, or can't be."""
+
+
 class Owner(Protocol):
     """What requests need of the connection that they came on."""
 
@@ -87,6 +109,7 @@ class Requests:
         "_counters",
         "_deferred_keys",
         "_hide_errors",
+        "_is_observed",
         "_limit",
         "_reuse_greenlets",
         "deferred",
@@ -97,6 +120,7 @@ class Requests:
         "idle",
         "lead_end",
         "methods",
+        "observations",
         "out",
         "owner",
         "todo",
@@ -129,6 +153,9 @@ class Requests:
         #: msgid and a number, since a msgid may come twice.
         self.deferred: dict[tuple[int | None, int], Any] = {}
         self._deferred_keys = count()
+        #: Of these, by the same keys, what is to be told of the end.
+        self.observations: dict[tuple[int | None, int], Ending] = {}
+        self._is_observed = options.is_observed
         self._limit = options.max_concurrency
         self._reuse_greenlets = options.reuse_greenlets
         self._hide_errors = options.hide_errors
@@ -149,6 +176,11 @@ class Requests:
         self.greenlets.add(request)
         return request
 
+    def new_pack(self) -> Callable[[list[Any]], bytes]:
+        """What packs the answers of one greenlet, as :meth:`Encoder.new_pack` has it."""
+        pack = self.encoder.new_pack()
+        return _ending(pack) if self._is_observed else pack
+
     def dismiss_idle(self) -> None:
         """End the greenlets that wait for a request; in the hub."""
         while self.idle:
@@ -160,6 +192,12 @@ class Requests:
         """Tell every Reply that is still to be set that nobody waits for it any more."""
         for reference in [*self.deferred.values(), *(request.reply for request in self.greenlets)]:
             _cancel_reply(reference)
+        observations, self.observations = self.observations, {}
+        for key, observation in observations.items():
+            if key[0] is None:  # A notification: nobody waits for the end, but it's still to come.
+                self.observations[key] = observation
+            else:
+                observation.end(Outcome.DROPPED)
 
     def cancel(self, msgid: Any) -> None:
         """Tell the requests with ``msgid`` that are at work now that their caller has given them up.
@@ -177,9 +215,13 @@ class Requests:
             if message is not None and message[1] == msgid and not (request.cancelled or request.is_answered):
                 request.cancelled = message
                 self._counters.cancelled_requests += 1
+                if request.observation is not None:
+                    request.observation.is_cancelled = True
                 self.hub.loop.run_callback(self._cancel_handler, request, message)
-        for (deferred_msgid, _), reference in self.deferred.items():
-            if deferred_msgid == msgid:
+        for key, reference in self.deferred.items():
+            if key[0] == msgid:
+                if key in self.observations:
+                    self.observations[key].is_cancelled = True
                 self._counters.cancelled_requests += _cancel_reply(reference)
 
     def _cancel_handler(self, request: RequestGreenlet, message: Message) -> None:
@@ -196,6 +238,9 @@ class Requests:
         assert request.message is not None
         self.count_expired()
         self.out.append(self.error_response(request.message[1], error))
+        if request.observation is not None:
+            observation, request.observation = request.observation, None
+            observation.end(Outcome.EXPIRED, ErrorResponse(error))
         request.cancelled, request.is_answered = request.message, True
         _cancel_reply(request.reply)
         self.owner.settle_soon()
@@ -215,8 +260,9 @@ class Requests:
         exc: BaseException,
         function: Callable[..., Any] | None = None,
         params: Sequence[Any] = (),
+        observation: Ending | None = None,
     ) -> None:
-        """Answer that ``function``, called with ``params``, raised ``exc``, then log it.
+        """Answer that ``function``, called with ``params``, raised ``exc``, then tell ``observation`` and log it.
 
         ``function`` is None where a wrong number of params can't be the reason. Not in the hub, where nobody may wait
         for a log.
@@ -229,13 +275,13 @@ class Requests:
                 return
             exc, msgid = exc.__cause__, None
         try:
-            error, is_fault = self._verdict(method, exc, function, params)
+            error, outcome = self._verdict(method, exc, function, params)
         except BaseException as obstacle:
             # Of what can't be asked there is still a name to tell. It may also be a kill that has struck meanwhile.
             self.pass_on(obstacle)
-            error, is_fault = type(exc).__name__, True
+            error, outcome = type(exc).__name__, Outcome.FAILED
         mark = ""
-        if is_fault:
+        if outcome is Outcome.FAILED:
             self._counters.handler_errors += 1
             if self._hide_errors:
                 mark = f" ({token_hex(4)})"
@@ -244,7 +290,9 @@ class Requests:
             self.out.append(self.error_response(msgid, error))
             if not self.owner.is_settling:
                 self.owner.settle_soon()  # Not only when this ends: the log may keep it waiting.
-        if is_fault:
+        if observation is not None:
+            observation.end(outcome, exc)
+        if outcome is Outcome.FAILED:
             what = "notification" if msgid is None else f"request {msgid}"
             peer = format_address(self.owner.peer)
             log(logger, logging.ERROR, "%s of %s from %s failed%s", what, shown(method), peer, mark, exc_info=exc)
@@ -255,21 +303,21 @@ class Requests:
 
     def _verdict(
         self, method: str, exc: BaseException, function: Callable[..., Any] | None, params: Sequence[Any]
-    ) -> tuple[Any, bool]:
-        """The error to answer, and whether it is the handler's fault: not the caller's, nor what the handler chose."""
+    ) -> tuple[Any, Outcome]:
+        """The error to answer, and the outcome: FAILED is the handler's fault, not the caller's nor what it chose."""
         if isinstance(exc, UnknownMethod):
             self._counters.unknown_methods += 1
-            return exc.error, False
+            return exc.error, Outcome.UNKNOWN_METHOD
         if isinstance(exc, ErrorResponse) and (error := _error_of(exc)) is not None:
-            return error, False
+            return error, _OUTCOMES.get(type(exc), Outcome.ERROR)
         if (
             isinstance(exc, TypeError)
             and function is not None
             and (mismatch := params_mismatch(method, function, params, exc)) is not None
         ):
             self._counters.invalid_messages += 1
-            return mismatch, False
-        return text_of(exc), True
+            return mismatch, Outcome.INVALID_PARAMS
+        return text_of(exc), Outcome.FAILED
 
     def pass_on(self, exc: BaseException) -> None:
         """Pass ``exc`` on to the main greenlet if it is a Ctrl-C, which just happened to strike here."""
@@ -287,6 +335,8 @@ class Requests:
         else:
             self.deferred[key] = result
         request = current_request()
+        if request.observation is not None:
+            self.observations[key], request.observation = request.observation, None
         if request.cancelled is request.message:  # Before the hub came to tell the handler, or it went on nevertheless.
             _cancel_reply(self.deferred[key])
         request.reply = request.cancelled = None
@@ -302,7 +352,7 @@ class Requests:
         if self.owner.is_closed:
             self._counters.dropped_answers += msgid is not None
         elif result is None:
-            exc = ErrorResponse(DROPPED_REPLY)
+            exc = ReplyDropped()
         elif (exc := failure_of(result)) is None and msgid is not None:
             try:
                 self.out.append(self.encoder.response(msgid, None, result.value))
@@ -312,13 +362,26 @@ class Requests:
             # Not from here, the hub: it is asked for what it has to say, and perhaps logged.
             gevent.spawn(self._fail_deferred, key, method, exc)
             return
+        if self.observations:
+            self._end_deferred(key, result)
         del self.deferred[key]
         self.owner.settle_soon()
+
+    def _end_deferred(self, key: tuple[int | None, int], result: Any) -> None:
+        """Tell the observation that there is, perhaps, of what has completed with ``result``, and can't be answered."""
+        if (observation := self.observations.pop(key, None)) is None:
+            return
+        if result is None:
+            observation.end(Outcome.DROPPED, ReplyDropped())
+        elif (exc := failure_of(result)) is None:
+            observation.end(Outcome.OK)
+        else:
+            observation.end(Outcome.ERROR if isinstance(exc, ErrorResponse) else Outcome.FAILED, exc)
 
     def _fail_deferred(self, key: tuple[int | None, int], method: str, exc: BaseException) -> None:
         self.pass_on(exc)
         try:
-            self.fail(key[0], method, exc)
+            self.fail(key[0], method, exc, observation=self.observations.pop(key, None))
         except BaseException:  # The answer stands by now; the log has failed.
             show_failure(self)
         finally:
@@ -339,7 +402,7 @@ class Requests:
 class RequestGreenlet(_Greenlet):
     """Runs the handlers of one connection's requests, one after the other; only the hub switches into it."""
 
-    __slots__ = ("cancelled", "is_answered", "is_retired", "message", "reply", "requests")
+    __slots__ = ("cancelled", "is_answered", "is_retired", "message", "observation", "reply", "requests")
 
     # Where it was made says nothing, and costs time to find out.
     spawning_stack_limit = 0
@@ -353,6 +416,8 @@ class RequestGreenlet(_Greenlet):
         self.reply: weakref.ref[Reply] | None = None
         #: The message of which the handler was, or is about to be, told to end. It is `message`, or an earlier one.
         self.cancelled: Message | None = None
+        #: What is to be told how the call ends; only where calls are observed, and until it is told.
+        self.observation: Ending | None = None
         #: True while the answer is given, an error, and the handler or the log of its failure still at work.
         self.is_answered = False
         #: Set when it is to end after its request.
@@ -362,7 +427,7 @@ class RequestGreenlet(_Greenlet):
         requests = self.requests
         methods, out, idle = requests.methods, requests.out, requests.idle
         owner, hub, todo = requests.owner, requests.hub, requests.todo
-        pack = requests.encoder.new_pack()
+        pack = requests.new_pack()
         answer: bytes | None
         function: Callable[..., Any] | None = None
         while True:
@@ -395,7 +460,7 @@ class RequestGreenlet(_Greenlet):
                                 requests.gathered = 0
                                 owner.flush()
                             if len(answer) > _KEPT_SIZE:
-                                pack = requests.encoder.new_pack()
+                                pack = requests.new_pack()
                     elif is_deferred(result):
                         requests.defer(None, method, result)
                 except BaseException as exc:
@@ -425,15 +490,18 @@ class RequestGreenlet(_Greenlet):
         is_told = self.ends_as_told(exc)
         _cancel_reply(self.reply)  # Whoever else has it: this is the answer.
         self.reply = self.cancelled = None
+        observation, self.observation = self.observation, None
         if is_told:
             self.requests.out.append(self.requests.error_response(msgid, CANCELLED))
+            if observation is not None:
+                observation.end(Outcome.CANCELLED, exc)
             return
         self.is_answered = True
         # Who is killed shall die, when it has answered.
         self.is_retired |= issubclass(type(exc), GreenletExit)
         self.requests.pass_on(exc)
         try:
-            self.requests.fail(msgid, method, exc, function, params)
+            self.requests.fail(msgid, method, exc, function, params, observation)
         except BaseException as log_exc:  # The answer stands by now; the log has failed, or this was killed in it.
             self.is_retired |= isinstance(log_exc, GreenletExit)
             if not self.is_retired:
@@ -452,6 +520,20 @@ class RequestGreenlet(_Greenlet):
             self.requests.idle.remove(self)
             self.requests.greenlets.discard(self)
         super().kill(exception, block, timeout)
+
+
+def _ending(pack: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
+    """``pack``, which tells the observation of the request whose result could be packed."""
+
+    def pack_and_end(message: list[Any]) -> bytes:
+        answer = pack(message)
+        request = current_request()
+        observation, request.observation = request.observation, None
+        if observation is not None:
+            observation.end(Outcome.OK)
+        return answer
+
+    return pack_and_end
 
 
 def current_request() -> RequestGreenlet:

@@ -9,6 +9,7 @@ import ssl
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Self
 
@@ -21,8 +22,9 @@ from .draining import Stopping
 from .entrance import Entrance
 from .expiry import expiring
 from .log import log
-from .methods import Handler, Wrapper
+from .methods import Handler, MethodTable, Wrapper
 from .metrics import Counters
+from .observing import Observer, Observing
 from .options import (
     MAX_CONCURRENCY,
     MAX_CONNECTIONS,
@@ -84,6 +86,9 @@ class Server(Registry):
     ``reply_timeout`` ends no connection: it is what a request may take before it is answered with an error, and
     :exc:`CallCancelled` raised in its handler. ``stop_timeout`` is for :meth:`stop`.
 
+    ``observers`` are told of every request and notification when it starts and how it has ended; see
+    :class:`~gmprpc.Observer`.
+
     ``packer_options`` and ``unpacker_options`` go to msgpack's Packer and Unpacker; their hooks must not block.
     ``hide_errors`` answers ``internal error (id)`` in place of what a handler raised; the log has the id too.
     ``reuse_greenlets=False`` gives each request a fresh greenlet, for code that depends on pristine greenlet-locals.
@@ -113,6 +118,7 @@ class Server(Registry):
         on_dispatch: Hook | None = None,
         on_error: Hook | None = None,
         on_eof: Hook | None = None,
+        observers: Iterable[Observer] = (),
         # Limits
         max_message_size: int = SERVER_MAX_MESSAGE_SIZE,
         max_concurrency: int | None = MAX_CONCURRENCY,
@@ -175,12 +181,16 @@ class Server(Registry):
             unpacker_options=unpacker_options or {},
         )
         # What is off costs nothing: what concerns each request is wrapped around the methods as they enter the table.
-        wrappers: list[Wrapper] = []
+        self._wrappers: list[Wrapper] = []
         if on_dispatch is not None:
-            wrappers.append(partial(_dispatched, on_dispatch))
+            self._wrappers.append(partial(_dispatched, on_dispatch))
         if reply_timeout is not None:
-            wrappers.append(partial(expiring, reply_timeout))
-        self._table = self.service.table(*wrappers, introspection=introspection, is_serving=self._is_serving)
+            self._wrappers.append(partial(expiring, reply_timeout))
+        self._introspection = introspection
+        self._observing = Observing()
+        self._table = self._new_table()
+        for observer in observers:
+            self.add_observer(observer)
         self._counters = Counters()
         self._acceptors: list[Acceptor] = []  # One for each listener, while they are open.
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
@@ -239,6 +249,21 @@ class Server(Registry):
             "open_connections": len(self._connections),
             "in_flight": sum(connection.in_flight for connection in self._connections.values()),
         }
+
+    def add_observer(self, observer: Observer) -> None:
+        """Have ``observer``, too, told of every call from now on.
+
+        The first one is told of those on connections that are still to come: what is off costs nothing.
+        """
+        self._observing.add(observer)
+        if not self._options.is_observed:
+            self._options = replace(self._options, is_observed=True)
+            self._table = self._new_table()
+
+    def _new_table(self) -> MethodTable:
+        """The table of methods for connections that are to come."""
+        wrappers = [*self._wrappers, self._observing.observed] if self._options.is_observed else self._wrappers
+        return self.service.table(*wrappers, introspection=self._introspection, is_serving=self._is_serving)
 
     # Its life.
 
@@ -346,7 +371,9 @@ class Server(Registry):
         return self._stopping.stop(self._hub, timeout)
 
     def _new_stopping(self) -> Stopping:
-        return Stopping(self.close, self._greenlets, self._connections, self._entrance.under_way)
+        return Stopping(
+            self.close, self._greenlets, self._connections, self._entrance.under_way, self._observing.catch_up
+        )
 
     def _abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from: here nothing is started."""
@@ -357,6 +384,7 @@ class Server(Registry):
             let_go()
         self._arrivals.clear()
         self._connections.clear()
+        self._observing.forget()
         self._greenlets.kill(block=False)
 
     def _is_serving(self) -> bool:

@@ -30,6 +30,7 @@ FLOORS: dict[str, int] = {
     "connection": 5,
     "builtin": 5,
     "expiry": 5,
+    "observing": 6,
     "requests": 4,
     "entrance": 4,
     "calls": 3,
@@ -54,6 +55,7 @@ FLOORS: dict[str, int] = {
     "metrics": 0,
     "tls": 1,
     "options": 0,
+    "outcome": 0,
     "exceptions": 0,
 }
 
@@ -64,6 +66,7 @@ PURE = {
     "methods",
     "exceptions",
     "options",
+    "outcome",
     "metrics",
     "sweeper",
     "deadline",
