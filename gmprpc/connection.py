@@ -46,7 +46,7 @@ from .protocol import (
     parted,
 )
 from .reply import PendingCall, Reply, get_thread_ident
-from .requests import RequestGreenlet, Requests
+from .requests import RequestGreenlet, Requests, call_in_thread
 from .streams import Stream, forget_buffer_of
 from .sweeper import Sweeper
 from .transport import format_address
@@ -106,7 +106,9 @@ class Call:
 
 
 def current_call() -> Call:
-    """The call that this greenlet is the handler of.
+    """The call that this greenlet is the handler of, or this thread, if it is that of a ``threadpool``.
+
+    In a thread it tells who calls; only the hub's thread can call back on its connection.
 
     Raises:
         LookupError: it is the handler of none; greenlets that a handler spawns aren't.
@@ -114,6 +116,8 @@ def current_call() -> Call:
     request = getcurrent()
     if isinstance(request, RequestGreenlet) and request.message is not None:
         return Call(request.requests.owner, request.message)  # type: ignore[arg-type]  # The owner is a Connection.
+    if (lent := call_in_thread.get(None)) is not None:
+        return Call(*lent)  # type: ignore[arg-type]  # Likewise.
     raise LookupError("there is no current call: this greenlet doesn't run a handler")
 
 

@@ -10,6 +10,7 @@ import logging
 import signal
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from itertools import count
 from secrets import token_hex
@@ -52,6 +53,9 @@ _KEPT_SIZE = 256 * 1024
 
 #: What a handler may return to have it answered later.
 DEFERRED: Final = (AsyncResult, Greenlet)
+
+#: In a thread that carries out a request for its greenlet: the connection that it came on, and its message.
+call_in_thread: ContextVar[tuple[Owner, Message]] = ContextVar("call_in_thread")
 
 if TYPE_CHECKING:
     _Greenlet = Greenlet[Any, Any]

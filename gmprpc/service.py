@@ -10,6 +10,8 @@ from inspect import Parameter
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
+from gevent.threadpool import ThreadPool
+
 from .builtin import builtins_of
 from .connection import Connection, current_call, current_reply
 from .log import log
@@ -18,6 +20,7 @@ from .metrics import Counters
 from .options import ConnectionOptions
 from .requests import current_request
 from .streams import PlainStream
+from .threads import threaded
 from .transport import peer_of
 
 logger = logging.getLogger("gmprpc.service")
@@ -35,37 +38,65 @@ class Registry:
     def method(self, function: F, /) -> F: ...
 
     @overload
-    def method(self, /, *, name: str | None = None, deferred: bool = False) -> Callable[[F], F]: ...
+    def method(
+        self, /, *, name: str | None = None, deferred: bool = False, threadpool: bool | ThreadPool = False
+    ) -> Callable[[F], F]: ...
 
-    def method(self, function: F | None = None, /, *, name: str | None = None, deferred: bool = False) -> Any:
+    def method(
+        self,
+        function: F | None = None,
+        /,
+        *,
+        name: str | None = None,
+        deferred: bool = False,
+        threadpool: bool | ThreadPool = False,
+    ) -> Any:
         """Register the decorated function, which stays what it is.
 
         Bare (``@service.method``) or with keywords: ``name`` is the method's name, by default the function's; with
-        ``deferred`` the function is called like one of :meth:`reg_cb`'s.
+        ``deferred`` the function is called like one of :meth:`reg_cb`'s; ``threadpool`` is as for :meth:`register`.
         """
 
         def register(function: F) -> F:
-            self.register(function, name, deferred=deferred)
+            self.register(function, name, deferred=deferred, threadpool=threadpool)
             return function
 
         return register if function is None else register(function)
 
-    def register(self, function: Handler, name: str | None = None, *, deferred: bool = False) -> None:
+    def register(
+        self,
+        function: Handler,
+        name: str | None = None,
+        *,
+        deferred: bool = False,
+        threadpool: bool | ThreadPool = False,
+    ) -> None:
         """Register ``function`` as the method ``name``, by default under its own name.
 
         It is called with the params, in a greenlet of its own, and may block. What it returns is the result; a Reply,
         an AsyncResult or a Greenlet that it returns is waited for, without keeping the greenlet. What it raises is the
         error. A name that is registered already is registered anew, at once on live connections too.
 
+        With ``threadpool`` it is called in a native thread, and may block that in any way: in one of the hub's own,
+        which also look up names and read files, if that is True, or of a ``ThreadPool`` of yours, made in the thread
+        that serves. When all are busy it waits for one. It can't be interrupted: if the call is cancelled meanwhile,
+        what it returns is dropped.
+
         Raises:
             TypeError: ``function`` isn't callable, or has no name and none is given.
-            ValueError: the name is empty, not Unicode, or begins with ``$/``.
+            ValueError: the name is empty, not Unicode, or begins with ``$/``; or it is ``deferred``, and so never
+                blocks, and to be called in a thread.
         """
-        if deferred and callable(function):
+        if not isinstance(threadpool, (bool, ThreadPool)):
+            raise TypeError(f"threadpool has to be True or a gevent.threadpool.ThreadPool, not {threadpool!r}")
+        is_threaded = threadpool is not False  # A pool that isn't at work is false.
+        if deferred and is_threaded:
+            raise ValueError("deferred and threadpool: a callback that answers later has no need of a thread")
+        if (deferred or is_threaded) and callable(function):
             if name is None and not hasattr(function, "__name__"):
                 raise TypeError(f"{function!r} has no name of its own: give one")
             name = name or function.__name__
-            function = _deferred(function)
+            function = _deferred(function) if deferred else threaded(function, threadpool)
         self._methods.add(function, name)
 
     def register_object(self, obj: object, prefix: str = "") -> None:
