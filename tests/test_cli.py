@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,11 +24,8 @@ from gevent import socket
 
 import gmprpc
 
+from .commands import ANY_PORT, GMPRPC, Served, assert_fails, assert_misused, result_of, run, serving
 from .programs import DEADLINE, Program
-
-# What is installed, even where the current directory has a `gmprpc` of its own.
-GMPRPC = (sys.executable, "-P", "-m", "gmprpc")
-ANY_PORT = "127.0.0.1:0"
 
 APP = '''
 import socket
@@ -124,37 +121,6 @@ def app_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-class Served(Program):
-    """A `gmprpc serve`, from the moment on when it listens."""
-
-    def __init__(self, *args: str | Path, listeners: int = 1, env: Mapping[str, str] | None = None) -> None:
-        super().__init__(*GMPRPC, *args, env=env)
-        lines = [self.line() for _ in range(listeners)]
-        assert all(line.startswith("listening on ") for line in lines), [*lines, *self.lines()]
-        #: Where it listens.
-        self.addresses = [line.removeprefix("listening on ") for line in lines]
-
-    def kill(self, signum: signal.Signals) -> None:
-        """Send the program a signal."""
-        os.kill(self.pid, signum)
-
-    def expect(self, pattern: str) -> str:
-        """Read on until a line that matches ``pattern``, and return that."""
-        while line := self.line():
-            if re.search(pattern, line):
-                return line
-        raise AssertionError(f"{self.command} ended without saying {pattern!r}")
-
-
-@contextmanager
-def serving(
-    *args: str | Path, binds: tuple[str, ...] = (ANY_PORT,), env: Mapping[str, str] | None = None
-) -> Iterator[Served]:
-    options = [option for bind in binds for option in ("-b", bind)]
-    with Served("serve", *options, *args, listeners=len(binds), env=env) as served:
-        yield served
-
-
 @contextmanager
 def serving_app(app_dir: Path, *args: str, **kwargs: Any) -> Iterator[Served]:
     with serving("--app-dir", app_dir, *args, "app:service", **kwargs) as served:
@@ -173,37 +139,6 @@ def app(app_dir: Path) -> Iterator[str]:
     """The address at which `app` is served."""
     with serving_app(app_dir) as served:
         yield served.addresses[0]
-
-
-def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """What became of a `gmprpc` that ends by itself."""
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": DEADLINE, **options}
-    return subprocess.run([*GMPRPC, *args], encoding="utf-8", check=False, **options)
-
-
-def result_of(*args: str | Path, **options: Any) -> Any:
-    """The result that `call` prints."""
-    process = run("call", *args, **options)
-    assert (process.returncode, process.stderr) == (0, "")
-    return json.loads(process.stdout)
-
-
-def assert_fails(process: subprocess.CompletedProcess[str], exit_code: int, *words: str) -> None:
-    """It failed with ``exit_code``, printed nothing, and said why in one line that has ``words`` in it."""
-    assert process.returncode == exit_code, process
-    assert process.stdout == ""
-    (line,) = process.stderr.splitlines()
-    for word in words:
-        assert word in line
-
-
-def assert_misused(process: subprocess.CompletedProcess[str], *words: str) -> None:
-    """It was used wrongly, and said how in the last line, after the usage."""
-    assert process.returncode == 2, process
-    assert process.stdout == ""
-    assert process.stderr.startswith("Usage: ")
-    for word in words:
-        assert word in process.stderr.splitlines()[-1]
 
 
 class Listener:
