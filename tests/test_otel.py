@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event
+from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
@@ -19,7 +22,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 import gmprpc
 from gmprpc.otel import instrument
 
-from .helpers import Scripted, wait_until
+from .helpers import Peer, Scripted, wait_until
 
 
 class Collector:
@@ -276,6 +279,221 @@ def test_one_address_of_a_balancer_is_told(collector: Collector) -> None:
     assert (attributes["server.address"], attributes["server.port"]) == ("rpc.example", 4423)
 
 
+# The called side.
+
+
+@pytest.fixture
+def measuring(server: gmprpc.Server, collector: Collector) -> Iterator[Peer]:
+    """A connection to ``server``, which is measured."""
+    collector.instrument(server)
+    with Peer.connect(server.address) as peer:
+        yield peer
+
+
+def test_request_makes_a_server_span_and_takes_its_time(measuring: Peer, collector: Collector) -> None:
+    assert measuring.call("add", 1, 2, msgid=7) == [1, 7, None, 3]
+    span = collector.only_span(SpanKind.SERVER)
+    host, port = measuring.socket.getsockname()
+    attributes = {"rpc.system.name": "msgpackrpc", "rpc.method": "add"}
+    assert span.name == "add"
+    assert span.parent is None
+    assert span.attributes == {
+        **attributes,
+        "network.peer.address": host,
+        "network.peer.port": port,
+        "msgpackrpc.request.id": "7",
+    }
+    assert span.status.status_code is StatusCode.UNSET
+    (point,) = collector.durations("server")
+    assert point.attributes == attributes
+    assert point.count == 1
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert span.end_time - span.start_time == int(point.sum * 1e9) > 0
+    assert point.explicit_bounds == (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+    (exemplar,) = point.exemplars
+    assert exemplar.span_id == span.get_span_context().span_id
+
+
+def test_notification_is_measured_like_a_request(measuring: Peer, collector: Collector) -> None:
+    measuring.send([2, "echo", [1]])
+    span = collector.only_span(SpanKind.SERVER)
+    assert span.name == "echo"
+    assert span.attributes is not None
+    assert "msgpackrpc.request.id" not in span.attributes
+    assert [point.count for point in collector.durations("server")] == [1]
+
+
+def test_spans_in_a_handler_are_children_of_the_calls_and_of_no_other(
+    service: gmprpc.Service, measuring: Peer, collector: Collector
+) -> None:
+    tracer = collector.tracer_provider.get_tracer("test")
+
+    @service.method
+    def work(value: Any) -> Any:
+        with tracer.start_as_current_span(f"inner {value}"):
+            gevent.sleep(0.001)
+        return value
+
+    measuring.send(*([0, number, "work", [number]] for number in range(5)), [0, 5, "echo", [1]])
+    for _ in range(6):
+        measuring.receive()
+    wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 6)
+    outer = {span.get_span_context().span_id: span for span in collector.spans(SpanKind.SERVER)}
+    assert all(span.parent is None for span in outer.values())
+    inner = collector.spans(SpanKind.INTERNAL)
+    assert sorted((span.name, parent_of(span, outer)["msgpackrpc.request.id"]) for span in inner) == [
+        (f"inner {number}", str(number)) for number in range(5)
+    ]
+
+
+def parent_of(span: ReadableSpan, spans: dict[int, ReadableSpan]) -> Any:
+    """The attributes of the span that is the parent of ``span``."""
+    assert span.parent is not None
+    return spans[span.parent.span_id].attributes
+
+
+def test_span_of_a_deferred_reply_ends_with_the_answer(
+    service: gmprpc.Service, measuring: Peer, collector: Collector
+) -> None:
+    replies: list[gmprpc.Reply] = []
+    service.register(replies.append, "defer", deferred=True)
+    measuring.send([0, 1, "defer", []])
+    assert measuring.call("echo", 1) == [1, 0, None, 1]
+    wait_until(lambda: collector.spans(SpanKind.SERVER))
+    assert [span.name for span in collector.spans(SpanKind.SERVER)] == ["echo"]
+    replies.pop().error("no")
+    assert measuring.receive() == [1, 1, "no", None]
+    wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 2)
+    assert error_of(collector.spans(SpanKind.SERVER)[1]) == ("error", "no")
+
+
+def test_each_kind_of_failure_is_told_of(
+    service: gmprpc.Service, collector: Collector, measuring: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    @service.method
+    def refuse() -> None:
+        raise gmprpc.ErrorResponse({"code": 5})
+
+    @service.method
+    def odd() -> object:
+        return object()
+
+    @service.method
+    def wait() -> None:
+        Event().wait()
+
+    measuring.send([0, 1, "wait", []])
+    measuring.send([2, "$/cancel", [1]])
+    measuring.receive()
+    for method in ("refuse", "odd", "fail", "add"):
+        measuring.call(method, *["no\n" * 200][: method == "fail"])
+    wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 6)
+    errors = {span.name: error_of(span) for span in collector.spans(SpanKind.SERVER) if span.name != "$/cancel"}
+    assert {name: error_type for name, (error_type, _) in errors.items()} == {
+        "wait": "cancelled",
+        "refuse": "error",
+        "odd": "TypeError",
+        "fail": "ValueError",
+        "add": "invalid_params",
+    }
+    assert all(
+        description and len(description) < 1000 and "\n" not in description for _, description in errors.values()
+    )
+    assert {
+        (point.attributes["rpc.method"], point.attributes.get("error.type"))
+        for point in collector.durations("server")
+        if point.attributes
+    } == {("$/cancel", None), *((name, error_type) for name, (error_type, _) in errors.items())}
+
+
+def test_what_is_logged_of_a_failure_belongs_to_the_span(
+    measuring: Peer, collector: Collector, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged: list[int] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(trace.get_current_span().get_span_context().span_id)
+
+    handler = Handler()
+    logging.getLogger("gmprpc.connection").addHandler(handler)
+    try:
+        measuring.call("fail", "no")
+    finally:
+        logging.getLogger("gmprpc.connection").removeHandler(handler)
+    assert logged == [collector.only_span(SpanKind.SERVER).get_span_context().span_id]
+
+
+def test_unknown_methods_of_a_server_share_one_name(measuring: Peer, collector: Collector) -> None:
+    for method in ("nonsense", "$/nonsense", "x" * 100_000, "line\nbreak"):
+        measuring.call(method)
+    wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 4)
+    spans = collector.spans(SpanKind.SERVER)
+    assert {span.name for span in spans} == {"msgpackrpc"}
+    originals = [str(span.attributes["rpc.method_original"]) for span in spans if span.attributes]
+    assert originals[:2] + originals[3:] == ["nonsense", "$/nonsense", "line\\nbreak"]
+    assert len(originals[2]) < 300
+    (point,) = collector.durations("server")
+    assert point.attributes == {
+        "rpc.system.name": "msgpackrpc",
+        "rpc.method": "_OTHER",
+        "error.type": "unknown_method",
+    }
+
+
+def test_built_in_methods_have_their_names(measuring: Peer, collector: Collector) -> None:
+    for method in ("$/health", "$/list"):
+        measuring.call(method)
+    measuring.call("$/describe", "add")
+    wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 3)
+    assert [span.name for span in collector.spans(SpanKind.SERVER)] == ["$/health", "$/list", "$/describe"]
+
+
+def test_peer_of_a_unix_socket_and_behind_a_proxy_is_told(
+    collector: Collector, service: gmprpc.Service, tmp_path: Any
+) -> None:
+    address = f"unix:{tmp_path}/socket"
+    server = collector.instrument(gmprpc.Server(address, service, proxy_protocol="auto"))
+    with server:
+        with Peer.connect(server.address) as peer:
+            peer.call("echo", 1)
+        with Peer.connect(server.address) as peer:
+            peer.send_bytes(b"PROXY TCP4 192.0.2.1 192.0.2.2 1234 4423\r\n")
+            peer.call("echo", 1)
+        wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 2)
+    direct, proxied = (dict(span.attributes or {}) for span in collector.spans(SpanKind.SERVER))
+    assert direct["network.peer.address"] == f"{tmp_path}/socket"
+    assert "client.address" not in direct
+    assert proxied["network.peer.address"] == f"{tmp_path}/socket"
+    assert (proxied["client.address"], proxied["client.port"]) == ("192.0.2.1", 1234)
+
+
+def test_call_from_a_handler_is_a_child_of_the_call_that_it_serves(
+    service: gmprpc.Service, measuring: Peer, measured: gmprpc.Client, collector: Collector
+) -> None:
+    service.register(lambda: measured.call("echo", 1), "ask")
+    assert measuring.call("ask") == [1, 0, None, 1]
+    wait_until(lambda: len(collector.spans(SpanKind.SERVER)) == 2)
+    ask = next(span for span in collector.spans(SpanKind.SERVER) if span.name == "ask")
+    echo = next(span for span in collector.spans(SpanKind.SERVER) if span.name == "echo")
+    call = collector.only_span(SpanKind.CLIENT)
+    assert call.parent is not None
+    assert call.parent.span_id == ask.get_span_context().span_id
+    assert echo.parent is None  # The protocol has no place for it.
+
+
+def test_server_that_is_instrumented_twice_is_measured_once(
+    server: gmprpc.Server, measuring: Peer, collector: Collector
+) -> None:
+    assert collector.instrument(server) is server
+    measuring.call("echo", 1)
+    collector.only_span(SpanKind.SERVER)
+
+
+# Both.
+
+
 def test_instrumented_twice_is_measured_once(measured: gmprpc.Client, collector: Collector) -> None:
     assert collector.instrument(measured) is measured
     measured.call("echo", 1)
@@ -318,7 +536,7 @@ def test_without_a_provider_calls_go_their_way(server: gmprpc.Server) -> None:
 
 
 def test_only_what_calls_or_is_called_can_be_instrumented() -> None:
-    with pytest.raises(TypeError, match="neither a Client nor"):
+    with pytest.raises(TypeError, match="neither a Server nor"):
         instrument(object())
 
 
