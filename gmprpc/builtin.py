@@ -12,6 +12,7 @@ from .exceptions import ErrorResponse, no_such_method
 from .methods import (
     CANCEL,
     DESCRIBE,
+    DRAINING,
     HEALTH,
     LIST,
     Handler,
@@ -26,12 +27,30 @@ SERVING = "SERVING"
 NOT_SERVING = "NOT_SERVING"
 
 
-def builtins_of(methods: Methods, *, is_serving: Callable[[], bool], introspection: bool) -> dict[str, Handler]:
-    """What a table of ``methods`` has besides them; only with ``introspection`` what tells about them."""
+def builtins_of(
+    methods: Methods,
+    *,
+    is_serving: Callable[[], bool],
+    introspection: bool,
+    on_health: Callable[[Any], None] | None = None,
+    on_draining: Callable[[Any], None] | None = None,
+) -> dict[str, Handler]:
+    """What a table of ``methods`` has besides them; only with ``introspection`` what tells about them.
+
+    ``on_health(connection)`` is called before ``$/health`` is answered there, ``on_draining(connection)`` when the peer
+    says ``$/draining``, which without it is an unknown method.
+    """
 
     def health() -> str:
         """Whether calls are welcome: "SERVING" or "NOT_SERVING", the words of gRPC's health checks."""
+        if on_health is not None:
+            on_health(current_request().requests.owner)
         return SERVING if is_serving() else NOT_SERVING
+
+    def draining(*_: Any) -> None:
+        """This connection is about to end: nothing more is to be sent on it, and its answers are still to come."""
+        assert on_draining is not None
+        on_draining(current_request().requests.owner)
 
     def list_() -> list[str]:
         """The names of the registered methods, sorted."""
@@ -54,4 +73,6 @@ def builtins_of(methods: Methods, *, is_serving: Callable[[], bool], introspecti
     builtins: dict[str, Handler] = {CANCEL: cancel, HEALTH: health}
     if introspection:
         builtins |= {LIST: list_, DESCRIBE: describe}
+    if on_draining is not None:
+        builtins[DRAINING] = draining
     return builtins

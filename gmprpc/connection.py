@@ -365,6 +365,11 @@ class Connection:
         return self._phase < _DEAF
 
     @property
+    def is_lasting(self) -> bool:
+        """True while it is open, and this side isn't about to close it: see :meth:`finish`."""
+        return self._phase == _OPEN
+
+    @property
     def is_closed(self) -> bool:
         """True once nothing can be sent or received any more."""
         return self._phase == _CLOSED

@@ -25,6 +25,7 @@ HEALTH = "$/health"
 LIST = "$/list"
 DESCRIBE = "$/describe"
 CANCEL = "$/cancel"
+DRAINING = "$/draining"
 
 
 class UnknownMethod(ErrorResponse):

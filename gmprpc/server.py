@@ -18,7 +18,7 @@ from gevent import GreenletExit
 
 from .acceptor import Acceptor, ConnectionGreenlets
 from .connection import Connection, current_call
-from .draining import Stopping
+from .draining import Farewells, Stopping
 from .entrance import Entrance
 from .expiry import expiring
 from .log import log
@@ -84,7 +84,11 @@ class Server(Registry):
     the PROXY protocol's header, ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for
     a peer that takes no answers, ``idle_timeout`` for a connection on which nothing happens and nothing is at work.
     ``reply_timeout`` ends no connection: it is what a request may take before it is answered with an error, and
-    :exc:`CallCancelled` raised in its handler. ``stop_timeout`` is for :meth:`stop`.
+    :exc:`CallCancelled` raised in its handler. ``stop_timeout`` and ``drain_delay`` are for :meth:`stop`.
+
+    ``max_connection_age``, 10 % more or less, lets connections move to servers that have come later. Clients that ask
+    for it (``draining=True``, and every Balancer) are told and lose no call; others are let go when nothing is in
+    flight, or after ``stop_timeout``, and lose what they send at that moment.
 
     ``observers`` are told of every request and notification when it starts and how it has ended; see
     :class:`~gmprpc.Observer`.
@@ -131,6 +135,8 @@ class Server(Registry):
         idle_timeout: float | None = None,
         reply_timeout: float | None = None,
         stop_timeout: float | None = 10.0,
+        drain_delay: float = 0.0,
+        max_connection_age: float | None = None,
         # Encoding
         packer_options: Mapping[str, Any] | None = None,
         unpacker_options: Mapping[str, Any] | None = None,
@@ -151,6 +157,10 @@ class Server(Registry):
         check_timeout("handshake_timeout", handshake_timeout)
         check_timeout("reply_timeout", reply_timeout)
         check_timeout("stop_timeout", stop_timeout)
+        check_timeout("drain_delay", drain_delay)
+        check_timeout("max_connection_age", max_connection_age)
+        if drain_delay is None or max_connection_age == 0:
+            raise ValueError("drain_delay has to be a number of seconds, and max_connection_age None or more than 0 s")
         #: What can be called.
         self.service = Service() if service is None else service
         super().__init__(self.service._methods)
@@ -160,6 +170,8 @@ class Server(Registry):
         self.max_connections = max_connections
         #: Seconds that :meth:`stop` gives what is in flight.
         self.stop_timeout = stop_timeout
+        #: Seconds for which :meth:`stop` first has everything go on, so that others may hear of it.
+        self.drain_delay = drain_delay
         #: What ``$/health`` tells, unless the server is stopping: for the program to set. Calls are served either way.
         self.is_healthy = True
         #: Whether :meth:`statistics` counts the bytes of connections that begin from now on; for the program to set.
@@ -187,6 +199,7 @@ class Server(Registry):
         if reply_timeout is not None:
             self._wrappers.append(partial(expiring, reply_timeout))
         self._introspection = introspection
+        self._farewells = Farewells(max_connection_age, stop_timeout)
         self._observing = Observing()
         self._table = self._new_table()
         for observer in observers:
@@ -238,6 +251,14 @@ class Server(Registry):
         return bool(self._acceptors)
 
     @property
+    def is_serving(self) -> bool:
+        """True while calls are welcome, as far as the server knows: it is healthy, and nobody has called :meth:`stop`.
+
+        It is what ``$/health`` tells.
+        """
+        return self.is_healthy and not self._stopping.is_begun
+
+    @property
     def connections(self) -> frozenset[Connection]:
         """The connections that are live now."""
         return frozenset(self._connections.values())
@@ -263,7 +284,12 @@ class Server(Registry):
     def _new_table(self) -> MethodTable:
         """The table of methods for connections that are to come."""
         wrappers = [*self._wrappers, self._observing.observed] if self._options.is_observed else self._wrappers
-        return self.service.table(*wrappers, introspection=self._introspection, is_serving=self._is_serving)
+        return self.service.table(
+            *wrappers,
+            introspection=self._introspection,
+            is_serving=lambda: self.is_serving,
+            on_health=self._farewells.hear,
+        )
 
     # Its life.
 
@@ -275,6 +301,9 @@ class Server(Registry):
             LookupError: there is no such ``socket_user`` or ``socket_group``.
         """
         if self._acceptors:
+            if self._stopping.is_begun:
+                self._stopping.revoke()
+                self._stopping = self._new_stopping()
             return
         self._stopping = self._new_stopping()  # An earlier one may still be waiting for its connections.
         self._hub = gevent.get_hub()
@@ -308,8 +337,9 @@ class Server(Registry):
     def serve_forever(self, stop_timeout: float | None = None) -> None:
         """Serve until :meth:`stop` is called, or SIGTERM or SIGINT comes.
 
-        The signals stop gracefully, with ``stop_timeout`` in place of the server's own if it is given; a second SIGINT
-        stops at once. In a thread other than the main one no signal is handled.
+        The signals stop gracefully, with ``stop_timeout`` in place of the server's own if it is given; SIGINT, behind
+        which a person is waiting, without ``drain_delay``, and a second one at once. In a thread other than the main
+        one no signal is handled.
         """
         timeout = self.stop_timeout if stop_timeout is None else stop_timeout
         self.start()
@@ -320,9 +350,10 @@ class Server(Registry):
             self._stopping.over.wait()
 
     def _on_signal(self, signum: int, timeout: float | None) -> None:
-        if self._stopping.is_begun and signum == signal.SIGINT:
-            timeout = 0
-        self.stop(timeout)
+        if signum != signal.SIGINT:
+            self.stop(timeout)
+        else:
+            self.stop(0 if self._stopping.is_begun else timeout, drain_delay=0)
 
     def serve_stream(self, stream: Stream, peer: Any = None) -> Exception | None:
         """Serve ``stream``, which is connected already, until its peer is done and everything is answered.
@@ -356,23 +387,36 @@ class Server(Registry):
         for acceptor in acceptors:
             acceptor.finish()
 
-    def stop(self, timeout: float | None = None) -> int:
+    def stop(self, timeout: float | None = None, drain_delay: float | None = None) -> int:
         """Stop gracefully; returns how many requests were cut.
 
-        Accepting ends at once. Everything that has been received is answered, then each connection is closed. What is
-        still at work after ``timeout`` seconds (by default ``stop_timeout``) is cut. May be called any number of times
-        and from anywhere; a call with a shorter timeout cuts short one that waits.
+        For ``drain_delay`` seconds (by default the server's) everything goes on, while :attr:`is_serving` and
+        ``$/health`` tell whoever distributes calls. Then accepting ends, everything that has been received is answered,
+        and each connection is closed. On one on which ``$/health`` was ever called the peer is told first, by the
+        notification ``$/draining``, and what it sends is served until it closes, or has been quiet for 5 s.
+
+        What is still at work ``timeout`` seconds (by default ``stop_timeout``) after the delay is cut. May be called
+        any number of times and from anywhere; a call with a shorter delay or timeout cuts short one that waits, and
+        :meth:`start` takes back a stop that is in its delay.
 
         Where it can't wait it returns 0 at once and goes on by itself: called by a handler or a hook, which are among
         those that have to be waited for; by a callback of the loop, as a handler of signals may be; in another thread.
         """
         if timeout is None:
             timeout = self.stop_timeout
-        return self._stopping.stop(self._hub, timeout)
+        if drain_delay is None:
+            drain_delay = self.drain_delay
+        # Where nobody can come there is nobody to hear of it.
+        return self._stopping.stop(self._hub, timeout, drain_delay if self._acceptors else 0)
 
     def _new_stopping(self) -> Stopping:
         return Stopping(
-            self.close, self._greenlets, self._connections, self._entrance.under_way, self._observing.catch_up
+            self.close,
+            self._greenlets,
+            self._connections,
+            self._entrance.under_way,
+            self._farewells,
+            self._observing.catch_up,
         )
 
     def _abandon(self) -> None:
@@ -386,9 +430,6 @@ class Server(Registry):
         self._connections.clear()
         self._observing.forget()
         self._greenlets.kill(block=False)
-
-    def _is_serving(self) -> bool:
-        return self.is_healthy and not self._stopping.is_begun
 
     def __enter__(self) -> Self:
         self.start()
@@ -406,6 +447,7 @@ class Server(Registry):
             return
         connection = self._connection_on(*taken_in)
         del self._arrivals[socket], taken_in
+        self._farewells.limit_age(connection)
         self._live(connection)
 
     def _connection_on(self, stream: Stream, peer: Any) -> Connection:
@@ -417,13 +459,14 @@ class Server(Registry):
 
     def _live(self, connection: Connection) -> Exception | None:
         """Carry the connection of this greenlet through to its end; returns what was wrong with that."""
-        if self._stopping.is_begun:
+        if self._stopping.is_parting:
             connection.finish()
         try:
             error = connection.run()
         finally:
             # In a process that was forked off it isn't there any more.
             self._connections.pop(gevent.getcurrent(), None)
+            self._farewells.forget(connection)
         if error is not None and self._on_error is not None:
             self._run_hook(self._on_error, connection, error)
         elif error is None and self._on_eof is not None:

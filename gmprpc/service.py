@@ -138,14 +138,26 @@ class Service(Registry):
         self._counters = Counters()
 
     def table(
-        self, *wrappers: Wrapper, introspection: bool = False, is_serving: Callable[[], bool] = lambda: True
+        self,
+        *wrappers: Wrapper,
+        introspection: bool = False,
+        is_serving: Callable[[], bool] = lambda: True,
+        on_health: Callable[[Connection], None] | None = None,
+        on_draining: Callable[[Connection], None] | None = None,
     ) -> MethodTable:
         """A live table of the methods for connections; each wrapper gives what is called in place of each method.
 
         It has the built-in methods, too. With ``introspection`` they tell about the others; ``is_serving()`` is what
-        ``$/health`` tells.
+        ``$/health`` tells, and ``on_health(connection)`` is called before. ``on_draining(connection)`` is called when
+        the peer says that it is about to end that connection.
         """
-        builtins = builtins_of(self._methods, is_serving=is_serving, introspection=introspection)
+        builtins = builtins_of(
+            self._methods,
+            is_serving=is_serving,
+            introspection=introspection,
+            on_health=on_health,
+            on_draining=on_draining,
+        )
         return self._methods.table(*wrappers, builtins=builtins)
 
     def __call__(self, socket: Any, address: Any) -> None:

@@ -81,7 +81,7 @@ def test_a_server_that_is_stopping_is_not_serving_until_it_is_started_again(
         peer.send([0, 2, "$/health", []])
 
     peer.send([0, 1, "stop", []])
-    assert peer.receive_rest() == [[1, 1, None, None], [1, 2, None, "NOT_SERVING"]]
+    assert peer.receive_rest() == [[1, 1, None, None], [2, "$/draining", []], [1, 2, None, "NOT_SERVING"]]
     peer.close()
     wait_until(lambda: not server.connections)
     server.start()
