@@ -29,8 +29,9 @@ MAX_CONNECTIONS = 10_000
 READ_TIMEOUT = 60.0
 WRITE_TIMEOUT = 60.0
 
-#: How long a connection may take: the precedent of websockets.
+#: How long a connection may take, on either side: the precedent of websockets.
 CONNECT_TIMEOUT = 10.0
+HANDSHAKE_TIMEOUT = 10.0
 
 #: The first wait before another attempt to connect, at most, and the longest one. Between a server that is restarted,
 #: which takes a second, and one that is gone, which 1,000 clients shouldn't keep busy. Picked arbitrarily.

@@ -26,6 +26,7 @@ from .methods import Handler, MethodTable, Wrapper
 from .metrics import Counters
 from .observing import Observer, Observing
 from .options import (
+    HANDSHAKE_TIMEOUT,
     MAX_CONCURRENCY,
     MAX_CONNECTIONS,
     MAX_UNSENT_SIZE,
@@ -129,7 +130,7 @@ class Server(Registry):
         max_unsent_size: int | None = MAX_UNSENT_SIZE,
         max_connections: int | None = MAX_CONNECTIONS,
         # Timeouts
-        handshake_timeout: float | None = 10.0,
+        handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
         read_timeout: float | None = READ_TIMEOUT,
         write_timeout: float | None = WRITE_TIMEOUT,
         idle_timeout: float | None = None,

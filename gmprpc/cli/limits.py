@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gmprpc.options import (
+    HANDSHAKE_TIMEOUT,
     MAX_CONCURRENCY,
     MAX_CONNECTIONS,
     MAX_UNSENT_SIZE,
@@ -48,6 +49,13 @@ options = options_of(
         default=MAX_UNSENT_SIZE,
         metavar="BYTES",
         help="Read nothing from a peer that leaves more than this unread.",
+    ),
+    option(
+        "--handshake-timeout",
+        type=parameters.seconds,
+        default=HANDSHAKE_TIMEOUT,
+        metavar="SECONDS",
+        help="Time for TLS, and for what a balancer says before.",
     ),
     option(
         "--read-timeout",
@@ -108,6 +116,7 @@ _EVERYWHERE = (
     "max_concurrency",
     "max_connections",
     "max_unsent_size",
+    "handshake_timeout",
     "read_timeout",
     "write_timeout",
     "idle_timeout",

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from gmprpc.proxyprotocol import AllowedProxies
 from gmprpc.transport import FD_PREFIX, parse_address
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -70,3 +71,13 @@ def file_mode(text: Any) -> int:
     if not 0 <= mode <= 0o777:
         raise click.BadParameter(f"{text!r} are no permissions: give an octal number, as in 660.")
     return mode
+
+
+def proxies(text: Any) -> list[str]:
+    """Networks and addresses, with commas between them, and ``unix``."""
+    names = [name.strip() for name in text.split(",")]
+    try:
+        AllowedProxies(names)
+    except ValueError as exc:
+        raise click.BadParameter(f"{exc}: give networks, as in 10.0.0.0/8,::1,unix.") from None
+    return names

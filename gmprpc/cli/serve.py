@@ -18,7 +18,7 @@ from gmprpc.server import Server
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
-from . import demo, limits, parameters
+from . import demo, limits, parameters, peers
 from .exits import Broken
 from .loading import load_service
 from .making import make_server
@@ -64,6 +64,7 @@ DEFAULT_BIND = "127.0.0.1:4423"
     help="Time for what is in flight when a signal says stop.",
 )
 @limits.options
+@peers.options
 @click.pass_context
 def serve(
     ctx: click.Context,
