@@ -113,11 +113,9 @@ class Acceptor(StreamServer):
                 return accepted
             sock.close()
             self._counters.refused_connections += 1
-            self._refused.log(
-                "connection with %s refused: there are max_connections (%d)",
-                format_address(address or self.address),
-                self._max_connections,
-            )
+            peer = format_address(address or self.address)
+            message = "connection with %s refused: there are max_connections (%d)"
+            self._refused.log(message, peer, self._max_connections, peer=peer)
         return None
 
     def do_close(self, sock: Any, *args: Any) -> None:
@@ -177,8 +175,8 @@ class Notice:
         self._interval = interval
         self._logged_at = -interval
 
-    def log(self, message: str, *args: Any) -> None:
+    def log(self, message: str, *args: Any, **fields: Any) -> None:
         """Log it as a warning, unless that was done just now; in any greenlet, and in the hub."""
         if (now := perf_counter()) - self._logged_at >= self._interval:
             self._logged_at = now
-            log_soon(logger, logging.WARNING, message, *args)
+            log_soon(logger, logging.WARNING, message, *args, **fields)

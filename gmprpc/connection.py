@@ -486,7 +486,8 @@ class Connection:
         if error is not None:
             self._counters.failed_connections += 1
             level = logging.WARNING if isinstance(error, ProtocolError) else logging.INFO
-            log(logger, level, "connection with %s: %s: %s", format_address(self.peer), type(error).__name__, error)
+            peer = format_address(self.peer)
+            log(logger, level, "connection with %s: %s: %s", peer, type(error).__name__, error, peer=peer)
         if self._is_aborted:
             self._stream.close()
         else:
@@ -679,7 +680,7 @@ class Connection:
         self._counters.invalid_messages += 1
         if kind == NOTIFICATION:
             peer = format_address(self.peer)
-            log_soon(logger, logging.WARNING, "invalid notification from %s: %s", peer, shown(reason))
+            log_soon(logger, logging.WARNING, "invalid notification from %s: %s", peer, shown(reason), peer=peer)
         elif kind != RESPONSE:
             self._out.append(self._requests.error_response(msgid, reason))
 

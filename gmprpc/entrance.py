@@ -84,7 +84,7 @@ class Entrance:
             self._counters.failed_handshakes += 1
             # Who looks whether somebody is there says nothing, and may look often.
             level = logging.INFO if isinstance(exc, _Silent) else logging.WARNING
-            log(logger, level, "connection with %s: %s", format_address(peer), exc)
+            log(logger, level, "connection with %s: %s", format_address(peer), exc, peer=format_address(peer))
             return None
         finally:
             self.under_way.discard(greenlet)
@@ -116,7 +116,8 @@ class Entrance:
 
     def _refuse(self, proxy: InetPeer | UnixPeer) -> None:
         self._counters.refused_connections += 1
-        self._strange_proxies.log("connection with %s refused: proxy_allow_from doesn't have it", format_address(proxy))
+        peer = format_address(proxy)
+        self._strange_proxies.log("connection with %s refused: proxy_allow_from doesn't have it", peer, peer=peer)
 
     def _deadline(self, what: str) -> gevent.Timeout:
         return gevent.Timeout(self._timeout, _Late(f"no {what} within {self._timeout} s"))

@@ -15,11 +15,11 @@ from gevent.event import AsyncResult
 from greenlet import getcurrent
 
 from .exceptions import CallCancelled
-from .log import log_soon, shown
+from .log import log_soon
 from .methods import Handler
+from .outcome import Outcome
 from .reply import Reply, failure_of
-from .requests import AnsweredAlready, RequestGreenlet, is_deferred
-from .transport import format_address
+from .requests import AnsweredAlready, RequestGreenlet, fields_of, is_deferred
 
 logger = logging.getLogger("gmprpc.connection")
 
@@ -58,14 +58,25 @@ def expiring(timeout: float, function: Handler) -> Handler:
 class _Expiry:
     """The time that one request has; begins at once."""
 
-    __slots__ = ("__weakref__", "_reply", "_request", "_requests", "_text", "_timer", "_what", "has_passed")
+    __slots__ = (
+        "__weakref__",
+        "_method",
+        "_msgid",
+        "_reply",
+        "_request",
+        "_requests",
+        "_text",
+        "_timeout",
+        "_timer",
+        "has_passed",
+    )
 
     def __init__(self, request: RequestGreenlet, timeout: float) -> None:
         assert request.message is not None
-        _, msgid, method, _ = request.message
+        _, self._msgid, self._method, _ = request.message
         self._requests = request.requests
         self._request = request
-        self._what = f"request {msgid} of {shown(method)} from {format_address(request.requests.owner.peer)}"
+        self._timeout = timeout
         self._text = f"no answer within {timeout:g} s"
         self._reply: weakref.ref[Reply] | None = None
         #: True once the request has been answered with an error while its handler was at work.
@@ -101,7 +112,10 @@ class _Expiry:
             self._log()
 
     def _log(self) -> None:
-        log_soon(logger, logging.WARNING, "%s: %s", self._what, self._text)
+        about = fields_of(self._method, self._msgid, self._requests.owner.peer)
+        about |= {"outcome": str(Outcome.EXPIRED), "duration": self._timeout}
+        message = "request %s of %s from %s: %s"
+        log_soon(logger, logging.WARNING, message, self._msgid, about["method"], about["peer"], self._text, **about)
 
 
 def _relayed(result: AsyncResult[Any] | gevent.Greenlet[..., Any]) -> Reply:

@@ -1,4 +1,9 @@
-"""Writes lines to the log where nothing may fail because of it: a full disk costs no answer and no connection."""
+"""Writes lines to the log where nothing may fail because of it: a full disk costs no answer and no connection.
+
+What a line is about stands in its record as fields, too, for handlers and formatters that want it by itself: of a call
+``method``, ``msgid`` and ``peer``, and ``outcome`` and ``duration`` (seconds) once they are known; of a connection
+``peer``.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +24,12 @@ def shown(text: str) -> str:
     return cut if cut.isprintable() else cut.encode("unicode_escape").decode()
 
 
-def log(logger: Logger, level: int, message: str, *args: Any, exc_info: BaseException | None = None) -> None:
+def log(
+    logger: Logger, level: int, message: str, *args: Any, exc_info: BaseException | None = None, **fields: Any
+) -> None:
     """Like ``logger.log``, but what goes wrong in it is shown where gevent shows what it can't raise."""
     try:
-        logger.log(level, message, *args, exc_info=exc_info, stacklevel=2)
+        logger.log(level, message, *args, exc_info=exc_info, stacklevel=2, extra=fields)
     except Exception:
         show_failure()
 
@@ -33,6 +40,6 @@ def show_failure(context: Any = None) -> None:
         gevent.get_hub().handle_error(context, *sys.exc_info())
 
 
-def log_soon(logger: Logger, level: int, message: str, *args: Any) -> None:
+def log_soon(logger: Logger, level: int, message: str, *args: Any, **fields: Any) -> None:
     """For callbacks of the loop: a log's lock may be held by a greenlet, and the hub can't wait."""
-    gevent.spawn(log, logger, level, message, *args)
+    gevent.spawn(log, logger, level, message, *args, **fields)

@@ -21,7 +21,7 @@ from .connection import Call, Connection
 from .log import log
 from .methods import Handler
 from .outcome import Outcome
-from .requests import RequestGreenlet, is_deferred
+from .requests import RequestGreenlet, fields_of, is_deferred
 
 logger = logging.getLogger("gmprpc.observing")
 
@@ -139,14 +139,16 @@ class Observation:
             except GreenletExit:  # The request is killed, or cancelled.
                 raise
             except BaseException as exc:  # Also SystemExit, which is not to be answered for the handler.
-                self._requests.pass_on(exc)
-                log(logger, logging.ERROR, "the observer %r failed", observer, exc_info=exc)
+                self._log_failure(observer, exc)
             else:
                 self._tokens.append((observer, token))
         self._started_at = perf_counter()
 
-    def end(self, outcome: Outcome, error: BaseException | None = None) -> None:
-        """Have the observers told that the answer has been given; in any greenlet, the hub too."""
+    def end(self, outcome: Outcome, error: BaseException | None = None) -> tuple[Outcome, float]:
+        """Have the observers told that the answer has been given; in any greenlet, and in the hub.
+
+        Returns what they are told: the outcome and the duration.
+        """
         duration = perf_counter() - self._started_at
         if self.call.connection.is_closed and self.call.msgid is not None:
             outcome = Outcome.DROPPED
@@ -154,6 +156,7 @@ class Observation:
             outcome = Outcome.CANCELLED
         if not self.call.connection.is_abandoned:  # That the process tells which this one was forked off from.
             self._observing.tell(self, outcome, duration, error)
+        return outcome, duration
 
     def tell(self, outcome: Outcome, duration: float, error: BaseException | None) -> None:
         """Tell the observers."""
@@ -161,8 +164,12 @@ class Observation:
             try:
                 observer.call_ended(self.call, outcome, duration, token, error)
             except BaseException as exc:
-                self._requests.pass_on(exc)
-                log(logger, logging.ERROR, "the observer %r failed", observer, exc_info=exc)
+                self._log_failure(observer, exc, outcome=str(outcome), duration=duration)
+
+    def _log_failure(self, observer: Observer, exc: BaseException, **fields: Any) -> None:
+        self._requests.pass_on(exc)
+        fields |= fields_of(self.call.method, self.call.msgid, self.call.peer)
+        log(logger, logging.ERROR, "the observer %r failed", observer, exc_info=exc, **fields)
 
 
 class _Untold:

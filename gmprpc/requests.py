@@ -84,8 +84,8 @@ class Ending(Protocol):
     #: Set when the caller has given the call up.
     is_cancelled: bool
 
-    def end(self, outcome: Outcome, error: BaseException | None = None) -> None:
-        """The answer has been given, or can't be."""
+    def end(self, outcome: Outcome, error: BaseException | None = None) -> tuple[Outcome, float]:
+        """The answer has been given, or can't be; returns what is told: the outcome and the duration."""
 
 
 class Owner(Protocol):
@@ -271,13 +271,14 @@ class Requests:
         ``function`` is None where a wrong number of params can't be the reason. Not in the hub, where nobody may wait
         for a log.
         """
+        is_answered = False
         if issubclass(type(exc), AnsweredAlready):
             if isinstance(exc.__cause__, CallCancelled):
                 return  # As it was told to; there was no other answer.
             self.drop_late()
             if exc.__cause__ is None:
                 return
-            exc, msgid = exc.__cause__, None
+            exc, is_answered = exc.__cause__, True
         try:
             error, outcome = self._verdict(method, exc, function, params)
         except BaseException as obstacle:
@@ -290,20 +291,24 @@ class Requests:
             if self._hide_errors:
                 mark = f" ({token_hex(4)})"
                 error = f"internal error{mark}"
-        if msgid is not None:
+        if msgid is not None and not is_answered:
             self.out.append(self.error_response(msgid, error))
             if not self.owner.is_settling:
                 self.owner.settle_soon()  # Not only when this ends: the log may keep it waiting.
+        told: Outcome = outcome
+        about: dict[str, Any] = {}
         if observation is not None:
-            observation.end(outcome, exc)
+            told, about["duration"] = observation.end(outcome, exc)
+        if outcome is not Outcome.FAILED and msgid is not None:
+            return  # The caller has been told, and it's no business of this side.
+        about |= fields_of(method, msgid, self.owner.peer) | {"outcome": str(told)}
         if outcome is Outcome.FAILED:
             what = "notification" if msgid is None else f"request {msgid}"
-            peer = format_address(self.owner.peer)
-            log(logger, logging.ERROR, "%s of %s from %s failed%s", what, shown(method), peer, mark, exc_info=exc)
-        elif msgid is None:
-            peer = format_address(self.owner.peer)
-            reason = shown(str(error))
-            log(logger, logging.WARNING, "notification of %s from %s failed: %s", shown(method), peer, reason)
+            message = "%s of %s from %s failed%s"
+            log(logger, logging.ERROR, message, what, about["method"], about["peer"], mark, exc_info=exc, **about)
+        else:
+            message = "notification of %s from %s failed: %s"
+            log(logger, logging.WARNING, message, about["method"], about["peer"], shown(str(error)), **about)
 
     def _verdict(
         self, method: str, exc: BaseException, function: Callable[..., Any] | None, params: Sequence[Any]
@@ -563,6 +568,11 @@ def _both(first: Callable[[], Any] | None, second: Callable[[], Any]) -> Callabl
         second()
 
     return call
+
+
+def fields_of(method: str, msgid: int | None, peer: Any) -> dict[str, Any]:
+    """What the records of the log have as fields that are about a call."""
+    return {"method": shown(method), "msgid": msgid, "peer": format_address(peer)}
 
 
 def is_deferred(result: Any) -> bool:

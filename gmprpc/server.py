@@ -44,6 +44,7 @@ from .transport import (
     UNIX_HOST,
     UNIX_PREFIX,
     SocketFile,
+    format_address,
     makes_file,
     open_listener,
 )
@@ -442,7 +443,10 @@ class Server(Registry):
     # The life of a connection, in its own greenlet.
 
     def _serve(self, socket: Any, address: Any) -> None:
-        if self._on_accept is not None and self._run_hook(self._on_accept, socket, address, failed=False) is False:
+        if (
+            self._on_accept is not None
+            and self._run_hook(address, self._on_accept, socket, address, failed=False) is False
+        ):
             return
         if (taken_in := self._entrance.take_in(socket, address, self.ssl_context)) is None:
             return
@@ -469,19 +473,19 @@ class Server(Registry):
             self._connections.pop(gevent.getcurrent(), None)
             self._farewells.forget(connection)
         if error is not None and self._on_error is not None:
-            self._run_hook(self._on_error, connection, error)
+            self._run_hook(connection.peer, self._on_error, connection, error)
         elif error is None and self._on_eof is not None:
-            self._run_hook(self._on_eof, connection)
+            self._run_hook(connection.peer, self._on_eof, connection)
         return error
 
-    def _run_hook(self, hook: Hook, *args: Any, failed: Any = None) -> Any:
+    def _run_hook(self, peer: Any, hook: Hook, *args: Any, failed: Any = None) -> Any:
         """What ``hook`` returns; what it raises is logged, and it is as if it had returned ``failed``."""
         try:
             return hook(*args)
         except GreenletExit:  # The greenlet of the connection is killed.
             raise
         except BaseException as exc:  # Also SystemExit, which would go to the main greenlet and end the program.
-            log(logger, logging.ERROR, "the hook %r failed", hook, exc_info=exc)
+            log(logger, logging.ERROR, "the hook %r failed", hook, exc_info=exc, peer=format_address(peer))
             return failed
 
 

@@ -18,7 +18,7 @@ from .log import log
 from .methods import Handler, Methods, MethodTable, Wrapper
 from .metrics import Counters
 from .options import ConnectionOptions
-from .requests import current_request
+from .requests import current_request, fields_of
 from .streams import PlainStream
 from .threads import threaded
 from .transport import peer_of
@@ -197,7 +197,9 @@ def _deferred(callback: Handler) -> Handler:
             request = current_request()
             request.requests.pass_on(exc)
             if not request.ends_as_told(exc):
-                log(logger, logging.ERROR, "%s raised after it had answered", current_call().method, exc_info=exc)
+                call = current_call()
+                about = fields_of(call.method, call.msgid, call.peer)
+                log(logger, logging.ERROR, "%s raised after it had answered", about["method"], exc_info=exc, **about)
         if reply is None:
             return None
         # Answered on the spot: then there is nothing to wait for.

@@ -10,7 +10,10 @@ from typing import Any
 import gevent
 import pytest
 
+import gmprpc
 from gmprpc.log import log, log_soon, shown
+
+from .helpers import Peer, wait_until
 
 logger = logging.getLogger("gmprpc.test_log")
 
@@ -70,3 +73,94 @@ def test_standard_error_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Full())
     monkeypatch.setitem(vars(gevent.get_hub()), "exception_stream", Full())
     log(logger, logging.WARNING, "lost")
+
+
+# What a line is about
+
+
+def fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What the record tells beside its text, but for the time that something took."""
+    names = ("method", "msgid", "peer", "outcome", "duration")
+    told = {name: value for name, value in vars(record).items() if name in names}
+    assert told.pop("duration", 0.0) >= 0
+    return told
+
+
+def peer_name(peer: Peer) -> str:
+    """As the log of the server calls it."""
+    host, port = peer.socket.getsockname()[:2]
+    return f"{host}:{port}"
+
+
+@pytest.mark.parametrize("observers", [(), (gmprpc.Observer,)])
+def test_a_line_about_a_call_has_fields_that_say_which(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture, observers: tuple[Any, ...]
+) -> None:
+    class Seen(gmprpc.Observer):
+        pass
+
+    def late(reply: gmprpc.Reply) -> None:
+        reply.result(5)
+        raise ValueError("x")
+
+    service.reg_cb(late=late)
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, observers=[Seen() for _ in observers]) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        name = peer_name(peer)
+        peer.call("fail", "x", msgid=7)
+        peer.send([2, "fail", ["x"]])
+        peer.send([2, "no\nsuch", []])
+        peer.call("late", msgid=8)
+        wait_until(lambda: len(caplog.records) == 4)
+    assert [fields(record) for record in caplog.records] == [
+        {"method": "fail", "msgid": 7, "peer": name, "outcome": "failed"},
+        {"method": "fail", "msgid": None, "peer": name, "outcome": "failed"},
+        {"method": r"no\nsuch", "msgid": None, "peer": name, "outcome": "unknown_method"},
+        {"method": "late", "msgid": 8, "peer": name},
+    ]
+    assert [hasattr(record, "duration") for record in caplog.records] == [*[bool(observers)] * 3, False]
+
+
+def test_a_line_about_a_request_that_took_too_long_says_how_long(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    @service.method
+    def stubborn() -> None:
+        try:
+            gevent.sleep(1000)
+        except gmprpc.CallCancelled:
+            raise ValueError("while it cleaned up") from None
+
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, reply_timeout=0.01) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        name = peer_name(peer)
+        peer.call("stubborn", msgid=1)
+        wait_until(lambda: len(caplog.records) == 2)
+    expired, failed = sorted(caplog.records, key=lambda record: record.levelno)
+    assert expired.getMessage() == f"request 1 of stubborn from {name}: no answer within 0.01 s"
+    assert fields(expired) == {"method": "stubborn", "msgid": 1, "peer": name, "outcome": "expired"}
+    assert vars(expired)["duration"] == 0.01
+    assert failed.getMessage() == f"request 1 of stubborn from {name} failed"
+    assert fields(failed) == {"method": "stubborn", "msgid": 1, "peer": name, "outcome": "failed"}
+
+
+def test_a_line_about_a_connection_has_the_peer_as_a_field(
+    service: gmprpc.Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("x")
+
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, on_error=fail) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        name = peer_name(peer)
+        peer.send([2, "echo", 5])
+        wait_until(lambda: len(caplog.records) == 1)
+        peer.send_bytes(b"\xc1")
+        wait_until(lambda: len(caplog.records) == 3)
+    assert [fields(record) for record in caplog.records] == [{"peer": name}] * 3
