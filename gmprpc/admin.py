@@ -19,7 +19,7 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from .acceptor import Acceptor, ConnectionGreenlets
 from .log import log, shown
 from .metrics import Counters
-from .transport import UNIX_PREFIX, file_identity, open_listener
+from .transport import makes_file, open_listener
 
 logger = logging.getLogger("gmprpc.admin")
 
@@ -61,15 +61,11 @@ class AdminServer:
         self._pages: dict[str, Page] = {"/livez": livez, "/readyz": readyz, **(pages or {})}
         self._acceptor: Acceptor | None = None
         self._greenlets = ConnectionGreenlets()
-        self._file: tuple[str, tuple[int, int] | None] | None = None  # That is ours, and what tells it from another.
 
     @property
     def address(self) -> Any:
         """Where it listens: ``(host, port, ...)`` or ``"unix:/path"``; the listener as given until it does."""
-        if self._acceptor is None:
-            return self._listener
-        address = self._acceptor.address
-        return UNIX_PREFIX + address if isinstance(address, str) else address
+        return self._listener if self._acceptor is None else self._acceptor.place
 
     def start(self) -> None:
         """Listen, and answer from now on.
@@ -88,26 +84,19 @@ class AdminServer:
             {},
             max_connections=_MAX_CONNECTIONS,
             counters=Counters(),
+            owns_file=makes_file(self._listener),
+            is_borrowed=hasattr(self._listener, "accept"),
         )
         acceptor.start()
         self._acceptor = acceptor
         _servers.add(self)
-        if isinstance(self._listener, str) and self._listener.startswith(UNIX_PREFIX):
-            path = str(acceptor.address)
-            self._file = path, file_identity(path)
 
     def stop(self) -> None:
         """Listen no more; what has been asked is still answered, if that doesn't take long."""
         if self._acceptor is None:
             return
         acceptor, self._acceptor = self._acceptor, None
-        acceptor.close()
-        if self._file is not None:
-            path, identity = self._file
-            self._file = None
-            if identity is not None and file_identity(path) == identity:
-                with suppress(OSError):
-                    os.unlink(path)
+        acceptor.finish()
         self._greenlets.join(_STOP_TIMEOUT)
         self._greenlets.kill()
 
@@ -141,11 +130,8 @@ class AdminServer:
     def _abandon(self) -> None:
         """Leave everything to the process that this one was just forked off from."""
         acceptor, self._acceptor = self._acceptor, None
-        self._file = None
         if acceptor is not None:
-            acceptor.stop_accepting()
-            if not hasattr(self._listener, "accept"):  # A socket that was handed in is not ours to close.
-                acceptor.close()
+            acceptor.abandon()
         self._greenlets.kill(block=False)
 
 
