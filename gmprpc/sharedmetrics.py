@@ -1,0 +1,119 @@
+"""The metrics of several processes that are one service, as prometheus_client's multiprocess mode has them: in files.
+
+Each process writes its own numbers into files of its own, in the directory that ``PROMETHEUS_MULTIPROC_DIR`` names, and
+whoever is asked reads them all. This module looks after the files; it knows no server.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections import Counter as Sums
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client import mmap_dict, multiprocess
+from prometheus_client.core import Metric
+
+# Their methods have no annotations.
+_MultiProcessCollector: Any = multiprocess.MultiProcessCollector
+_MmapedDict: Any = mmap_dict.MmapedDict
+
+#: Names the directory; it has to be set before anything imports prometheus_client.
+VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
+
+# counter_17.db, gauge_livesum_17.db: what is in it, and the process that writes it.
+_FILE = re.compile(r"(?P<kind>counter|histogram|summary|gauge_live\w+)_(?P<pid>[1-9]\d*)\.db")
+# What processes have counted that have ended is summed up in the file of this one, which there isn't.
+_PAST = 0
+_LOCK = "gmprpc.lock"
+
+
+def shared_directory() -> Path | None:
+    """The directory in which the processes of this service have their metrics; None if there is only one process."""
+    path = os.environ.get(VARIABLE)
+    return Path(path) if path else None
+
+
+class SharedCollector:
+    """What all processes together tell, for a registry of prometheus_client."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics; called by the registry."""
+        tidy_up(self._directory)
+        with _locked(self._directory, fcntl.LOCK_SH):
+            return list(_MultiProcessCollector(None, str(self._directory)).collect())
+
+
+def sum_of_live(directory: Path, name: str) -> float:
+    """What the gauge ``name``, of the mode ``livesum`` and without labels, is in all processes that live."""
+    tidy_up(directory)
+    with _locked(directory, fcntl.LOCK_SH):
+        metrics: Iterable[Metric] = _MultiProcessCollector.merge(map(str, directory.glob("gauge_livesum_*.db")))
+    return sum(sample.value for metric in metrics if metric.name == name for sample in metric.samples)
+
+
+def tidy_up(directory: Path) -> None:
+    """Forget what processes that have ended are doing, and keep what they have done in one file of each kind.
+
+    Whatever ended them: gunicorn tells when a worker has ended, but not who starts the next gunicorn. And without this
+    each worker that there ever was would leave its files, to be read whenever the metrics are asked for.
+    """
+    if not _left_behind(directory):
+        return
+    with _locked(directory, fcntl.LOCK_EX):
+        by_kind: dict[str, list[Path]] = {}
+        for kind, file in _left_behind(directory):  # Anew: another process may have been quicker.
+            by_kind.setdefault(kind, []).append(file)
+        for kind, files in by_kind.items():
+            if not kind.startswith("gauge_"):
+                _add_to_past(directory / f"{kind}_{_PAST}.db", files)
+            for file in files:
+                file.unlink(missing_ok=True)
+
+
+def _left_behind(directory: Path) -> list[tuple[str, Path]]:
+    found = []
+    for file in directory.iterdir():
+        if (match := _FILE.fullmatch(file.name)) and not _is_alive(int(match["pid"])):
+            found.append((match["kind"], file))
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _add_to_past(past: Path, files: Iterable[Path]) -> None:
+    sums: Sums[str] = Sums()
+    for file in [past, *files]:
+        with suppress(FileNotFoundError):
+            for key, value, *_ in _MmapedDict.read_all_values_from_file(str(file)):
+                sums[key] += value
+    new = past.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    values = _MmapedDict(str(new))
+    for key, value in sums.items():
+        values.write_value(key, value, 0.0)
+    values.close()
+    new.replace(past)
+
+
+@contextmanager
+def _locked(directory: Path, mode: int) -> Iterator[None]:
+    """Hold off who wants to change what is read, or to read what is changed."""
+    with open(directory / _LOCK, "ab") as file:
+        fcntl.flock(file, mode)  # Blocks the hub, for the time that others need for a few small files.
+        yield
