@@ -270,7 +270,8 @@ class Server(Registry):
         return {
             **self._counters.snapshot(),
             "open_connections": len(self._connections),
-            "in_flight": sum(connection.in_flight for connection in self._connections.values()),
+            # Of a copy, which is made at once: whoever asks may be another thread.
+            "in_flight": sum(connection.in_flight for connection in [*self._connections.values()]),
         }
 
     def add_observer(self, observer: Observer) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from http.client import parse_headers
-from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gevent
 import pytest
@@ -18,46 +16,8 @@ from gmprpc import admin
 from gmprpc.admin import AdminServer, Response
 
 from .helpers import is_listening, wait_until
+from .http import answer_on, ask, connect, get
 from .programs import FORKING_PYTHON, Program
-
-
-class Answer(NamedTuple):
-    """What came back."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-def connect(address: Any) -> Any:
-    """A socket connected to ``address``."""
-    if isinstance(address, str):
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(address.removeprefix("unix:"))
-        return sock
-    return socket.create_connection(address[:2])
-
-
-def ask(address: Any, request: bytes) -> Answer:
-    """The answer to ``request``, behind which the connection has to be closed."""
-    with connect(address) as sock:
-        sock.sendall(request)
-        return answer_on(sock)
-
-
-def answer_on(sock: Any) -> Answer:
-    data = b""
-    while piece := sock.recv(65536):
-        data += piece
-    status, _, rest = data.partition(b"\r\n")
-    head, _, body = rest.partition(b"\r\n\r\n")
-    headers = parse_headers(BytesIO(head + b"\r\n\r\n"))
-    return Answer(int(status.split()[1]), {name.lower(): value for name, value in headers.items()}, body)
-
-
-def get(address: Any, path: str, method: str = "GET") -> Answer:
-    """The answer to a plain request."""
-    return ask(address, f"{method} {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
 
 
 class Readiness:

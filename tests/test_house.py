@@ -37,6 +37,7 @@ FLOORS: dict[str, int] = {
     "calls": 3,
     "acceptor": 3,
     "admin": 4,
+    "prometheus": 8,
     "sharedmetrics": 0,
     "heartbeat": 3,
     "dialing": 3,
