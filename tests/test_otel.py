@@ -353,6 +353,17 @@ def parent_of(span: ReadableSpan, spans: dict[int, ReadableSpan]) -> Any:
     return spans[span.parent.span_id].attributes
 
 
+def test_span_is_the_current_one_in_a_native_thread(
+    service: gmprpc.Service, measuring: Peer, collector: Collector
+) -> None:
+    @service.method(threadpool=True)
+    def work() -> str:
+        return f"{trace.get_current_span().get_span_context().span_id:x}"
+
+    answer = measuring.call("work")
+    assert answer[3] == f"{collector.only_span(SpanKind.SERVER).get_span_context().span_id:x}"
+
+
 def test_span_of_a_deferred_reply_ends_with_the_answer(
     service: gmprpc.Service, measuring: Peer, collector: Collector
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from gmprpc.server import Server
 from gmprpc.service import Service
 
-from . import limits, peers
+from . import limits, otel, peers
 
 
 def make_server(service: Service, settings: Mapping[str, Any], listener: Any = None) -> Server:
@@ -16,4 +16,6 @@ def make_server(service: Service, settings: Mapping[str, Any], listener: Any = N
 
     Without a ``listener`` it listens nowhere: it serves a stream, or is told later where.
     """
-    return Server(listener, service, **limits.keywords(settings, listener), **peers.keywords(settings))
+    server = Server(listener, service, **limits.keywords(settings, listener), **peers.keywords(settings))
+    otel.apply(settings, server)
+    return server

@@ -18,7 +18,7 @@ from gmprpc.server import Server
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
-from . import demo, limits, parameters, peers
+from . import demo, limits, otel, parameters, peers
 from .exits import Broken
 from .loading import load_service
 from .making import make_server
@@ -65,6 +65,7 @@ DEFAULT_BIND = "127.0.0.1:4423"
 )
 @limits.options
 @peers.options
+@otel.options
 @click.pass_context
 def serve(
     ctx: click.Context,
