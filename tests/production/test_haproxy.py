@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import gmprpc
-from tests.helpers import wait_until
+from tests.helpers import Peer, wait_until
 
 from .haproxy import EXAMPLE, HAProxy
 
@@ -36,7 +36,9 @@ def configuration(bind: Address, servers: Mapping[str, Any]) -> str:
 def servers(service: gmprpc.Service) -> Iterator[dict[str, gmprpc.Server]]:
     """Two servers, in this process."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(gmprpc.Server(("127.0.0.1", 0), service)) for name in "ab"}
+        yield {
+            name: stack.enter_context(gmprpc.Server(("127.0.0.1", 0), service, proxy_protocol="v2")) for name in "ab"
+        }
 
 
 @pytest.fixture
@@ -78,6 +80,16 @@ def test_the_health_check_is_passed_by_a_server_that_serves_and_by_no_other(
         assert early.call("echo", 3) == 3
         servers["a"].is_healthy = True
         haproxy.wait_for(a="UP")
+
+
+def test_a_server_knows_who_its_clients_are(haproxy: HAProxy, service: gmprpc.Service, address: Address) -> None:
+    @service.method
+    def peer() -> list[Any]:
+        peer = gmprpc.current_call().peer
+        return [peer, peer.proxy.host]
+
+    with Peer.connect(address) as client:
+        assert client.call("peer")[3] == [list(client.socket.getsockname()), "127.0.0.1"]
 
 
 def test_a_health_check_leaves_no_line_in_the_log(
