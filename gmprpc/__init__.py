@@ -4,6 +4,7 @@ See the README for how to use it, https://github.com/msgpack-rpc/msgpack-rpc/blo
 """
 
 from . import tls
+from .accesslog import AccessLog
 from .balancer import Balancer
 from .client import Client, Proxy, mprpc_client
 from .connection import Call, Connection, current_call
@@ -20,6 +21,7 @@ from .exceptions import (
     RemoteError,
     RPCError,
 )
+from .log import JSONFormatter
 from .observing import Observer
 from .outcome import Outcome
 from .reply import PendingCall, Reply
@@ -30,6 +32,7 @@ from .transport import InetPeer, UnixPeer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessLog",
     "AlreadyAnswered",
     "Balancer",
     "Call",
@@ -40,6 +43,7 @@ __all__ = [
     "Connection",
     "ConnectionClosed",
     "ErrorResponse",
+    "JSONFormatter",
     "InetPeer",
     "MessageTooLarge",
     "MethodNotFound",

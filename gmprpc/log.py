@@ -7,9 +7,11 @@ What a line is about stands in its record as fields, too, for handlers and forma
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
-from logging import Logger
+from datetime import UTC, datetime
+from logging import Formatter, Logger, LogRecord, makeLogRecord
 from typing import Any
 
 import gevent
@@ -43,3 +45,42 @@ def show_failure(context: Any = None) -> None:
 def log_soon(logger: Logger, level: int, message: str, *args: Any, **fields: Any) -> None:
     """For callbacks of the loop: a log's lock may be held by a greenlet, and the hub can't wait."""
     gevent.spawn(log, logger, level, message, *args, **fields)
+
+
+class JSONFormatter(Formatter):
+    """Makes a JSON object of each record, on one line of ASCII, whatever is in it.
+
+    It has ``time`` (ISO 8601, UTC), ``level``, ``logger`` and ``message``, then the fields of the record: those of
+    gmprpc, and whatever else came as ``extra``. Of an exception, ``exception`` is the traceback as text.
+    """
+
+    def format(self, record: LogRecord) -> str:
+        """The line, without its end."""
+        time = datetime.fromtimestamp(record.created, UTC).replace(tzinfo=None)
+        told: dict[str, Any] = {
+            "time": f"{time.isoformat(timespec='milliseconds')}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        told |= {name: value for name, value in vars(record).items() if name not in _OWN and name not in told}
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            told["stack"] = self.formatStack(record.stack_info)
+        try:
+            return json.dumps(told, default=_text_of, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):  # A field isn't for JSON: no number, a key, a circle.
+            return json.dumps({name: _text_of(value) for name, value in told.items()})
+
+
+# What every record has; `message` and `asctime` come from other formatters, `taskName` with Python 3.12.
+_OWN = frozenset(vars(makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def _text_of(value: Any) -> str:
+    """What stands in JSON for what it has no word for."""
+    try:
+        return str(value)
+    except Exception:
+        return type(value).__name__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import re
 import sys
 from typing import Any
 
@@ -11,7 +13,7 @@ import gevent
 import pytest
 
 import gmprpc
-from gmprpc.log import log, log_soon, shown
+from gmprpc.log import JSONFormatter, log, log_soon, shown
 
 from .helpers import Peer, wait_until
 
@@ -164,3 +166,64 @@ def test_a_line_about_a_connection_has_the_peer_as_a_field(
         peer.send_bytes(b"\xc1")
         wait_until(lambda: len(caplog.records) == 3)
     assert [fields(record) for record in caplog.records] == [{"peer": name}] * 3
+
+
+# JSON
+
+
+def as_json(*args: Any, level: int = logging.INFO, **options: Any) -> dict[str, Any]:
+    """What :class:`JSONFormatter` makes of a record, read back."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JSONFormatter())
+    handler.handle(logger.makeRecord(logger.name, level, "file", 1, *args, **options))
+    assert stream.getvalue().isascii()
+    (line,) = stream.getvalue().splitlines()
+    told: dict[str, Any] = json.loads(line)
+    return told
+
+
+def test_a_record_becomes_a_json_object() -> None:
+    extra = {"method": "add", "msgid": None, "peer": "127.0.0.1:5", "outcome": "ok", "duration": 0.25}
+    told = as_json("%s is %d", ("it", 5), None, extra=extra)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", told.pop("time"))
+    assert told == {"level": "INFO", "logger": "gmprpc.test_log", "message": "it is 5", **extra}
+    assert list(told) == ["level", "logger", "message", *extra]
+
+
+def test_the_time_is_that_of_the_record() -> None:
+    record = logging.makeLogRecord({"created": 86400.5, "msg": "x"})
+    assert json.loads(JSONFormatter().format(record))["time"] == "1970-01-02T00:00:00.500Z"
+    record = logging.makeLogRecord({"created": 0.0, "msg": "x"})
+    assert json.loads(JSONFormatter().format(record))["time"] == "1970-01-01T00:00:00.000Z"
+
+
+def test_an_exception_is_told_as_text_on_the_same_line() -> None:
+    try:
+        raise ValueError("a\nb\u2028c\ud800")
+    except ValueError as exc:
+        told = as_json("failed", (), (ValueError, exc, exc.__traceback__), sinfo="the\nstack")
+    assert told["exception"].startswith("Traceback (most recent call last):\n")
+    assert told["exception"].endswith("ValueError: a\nb\u2028c\ud800")
+    assert told["stack"] == "the\nstack"
+
+
+class Unspeakable:
+    """What has no text."""
+
+    def __repr__(self) -> str:
+        raise ValueError("never")
+
+
+def test_any_field_can_be_told() -> None:
+    told = as_json("x", (), None, extra={"peer": b"\xff", "thing": Unspeakable(), "number": 5})
+    assert (told["peer"], told["thing"], told["number"]) == ("b'\\xff'", "Unspeakable", 5)
+    for odd, text in ((float("inf"), "inf"), ({(1, 2): 3}, "{(1, 2): 3}")):
+        told = as_json("x", (), None, extra={"odd": odd, "msgid": None})
+        assert (told["odd"], told["msgid"], told["message"]) == (text, "None", "x")
+
+
+def test_what_other_formatters_leave_in_a_record_is_not_told() -> None:
+    record = logging.makeLogRecord({"msg": "x"})
+    logging.Formatter("%(asctime)s %(message)s").format(record)
+    assert set(json.loads(JSONFormatter().format(record))) == {"time", "level", "logger", "message"}

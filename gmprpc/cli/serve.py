@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from gmprpc.server import Server
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
-from . import demo, limits, otel, parameters, peers
+from . import demo, limits, logs, otel, parameters, peers
 from .exits import Broken
 from .loading import load_service
 from .making import make_server
@@ -65,6 +64,7 @@ DEFAULT_BIND = "127.0.0.1:4423"
 )
 @limits.options
 @peers.options
+@logs.options
 @otel.options
 @click.pass_context
 def serve(
@@ -98,7 +98,7 @@ def serve(
     descriptors = take_standard_streams() if stdio else None  # Before the application, which may print something.
     service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
     # After the application, which may have an idea of its own; then this does nothing.
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings)
     if descriptors is not None:
         _serve_stream(make_server(service, settings), stream_over(*descriptors), graceful_timeout)
         return

@@ -1,0 +1,54 @@
+"""The options of ``serve`` for what it logs, and how; all of it goes to standard error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from gmprpc.accesslog import AccessLog
+from gmprpc.accesslog import logger as access_logger
+from gmprpc.log import JSONFormatter
+from gmprpc.server import Server
+
+from .parameters import option, options_of
+
+options = options_of(
+    option(
+        "--access-log",
+        is_flag=True,
+        help="Log each call when it has ended: peer, method, msgid, outcome, duration.",
+    ),
+    option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
+        default="info",
+        help="Log what is at least so grave; --access-log is logged anyway.",
+    ),
+    option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        help="Lines for people, or a JSON object on each.",
+    ),
+)
+
+
+def configure(settings: Mapping[str, Any]) -> None:
+    """Have the log written as the options say, unless the application has an idea of its own."""
+    handler = logging.StreamHandler()
+    if settings["log_format"] == "json":
+        handler.setFormatter(JSONFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=settings["log_level"].upper(), handlers=[handler])
+    if settings["access_log"]:
+        access_logger.setLevel(logging.INFO)
+
+
+def apply(settings: Mapping[str, Any], server: Server) -> None:
+    """Have ``server`` do what the options say."""
+    if settings["access_log"]:
+        server.add_observer(AccessLog())
