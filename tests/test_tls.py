@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import logging
 import os
@@ -20,8 +19,6 @@ from typing import Any
 import gevent
 import msgpack
 import pytest
-import trustme
-from cryptography.hazmat.primitives import serialization
 from gevent import socket
 from gevent.event import Event
 from gevent.threadpool import ThreadPool
@@ -29,53 +26,13 @@ from greenlet import greenlet
 
 import gmprpc
 
+from .certificates import Certificates
 from .helpers import Peer, collected, wait_until
 from .programs import Program
 from .tls_peers import ALERT, APPLICATION_DATA, HANDSHAKE, Forger, RecordPeer, client_hello
 
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 ECHO = msgpack.packb([0, 1, "echo", ["hello"]])
-LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-
-# Certificates.
-
-
-class Certificates:
-    """PEM files, made as they are asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._ours = trustme.CA()
-        self._strangers = trustme.CA()
-        #: The authority that everybody trusts.
-        self.authority = directory / "authority.pem"
-        self._ours.cert_pem.write_to_path(self.authority)
-        self.server = self.issue("server", "localhost")
-        self.client = self.issue("client", "client.test")
-
-    def issue(self, name: str, identity: str, *, by_stranger: bool = False, is_expired: bool = False) -> Path:
-        """A certificate for ``identity``, with those above it and its key, in one file."""
-        path = self.directory / f"{name}.pem"
-        dates: Any = {"not_before": LONG_AGO, "not_after": LONG_AGO + datetime.timedelta(days=1)} if is_expired else {}
-        authority = self._strangers if by_stranger else self._ours
-        authority.issue_cert(identity, **dates).private_key_and_cert_chain_pem.write_to_path(path)
-        return path
-
-    def self_signed(self) -> Path:
-        """The certificate of an authority that nobody knows, with its key."""
-        path = self.directory / "self-signed.pem"
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(path)
-        authority.private_key_pem.write_to_path(path, append=True)
-        return path
-
-    def encrypted(self, password: bytes) -> Path:
-        """The key of the server's certificate, encrypted."""
-        path = self.directory / "encrypted.pem"
-        key = serialization.load_pem_private_key(self.server.read_bytes(), None)
-        encryption = serialization.BestAvailableEncryption(password)
-        path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
-        return path
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import click
 from gmprpc.exceptions import MethodNotFound
 from gmprpc.options import CLIENT_MAX_MESSAGE_SIZE
 
-from . import parameters
+from . import parameters, trust
 from .asking import OPTIONS_FIRST, asking, unknown_method
 from .exits import Broken, TimedOut
 from .request import FORMS, request, values_of
@@ -30,6 +30,7 @@ _STDOUT = 1
     metavar="BYTES",
     help="Refuse a larger answer.",
 )
+@trust.options
 @request
 def call(
     address: Any,
@@ -39,6 +40,7 @@ def call(
     timeout: float | None,
     connect_timeout: float,
     max_message_size: int,
+    **settings: Any,
 ) -> None:
     """Call METHOD and print its result as JSON.
 
@@ -51,6 +53,7 @@ def call(
         connect_timeout=connect_timeout,
         max_message_size=max_message_size,
         unpacker_options=UNPACKER_OPTIONS,
+        **trust.keywords(settings, address),
     ) as client:
         try:
             result = client.call(method, *values)
@@ -65,6 +68,7 @@ def call(
 
 @click.command(context_settings=OPTIONS_FIRST, epilog=FORMS)
 @click.option("--timeout", type=parameters.seconds, metavar="SECONDS", help="Time to send it; no limit by default.")
+@trust.options
 @request
 def notify(
     address: Any,
@@ -73,6 +77,7 @@ def notify(
     data: str | None,
     timeout: float | None,
     connect_timeout: float,
+    **settings: Any,
 ) -> None:
     """Call METHOD without an answer.
 
@@ -81,7 +86,7 @@ def notify(
     ADDRESS is HOST:PORT or unix:PATH. Options come before it; everything after METHOD is a parameter, -1 too.
     """
     values = values_of(method, params, data)
-    with asking(address, connect_timeout=connect_timeout) as client:
+    with asking(address, connect_timeout=connect_timeout, **trust.keywords(settings, address)) as client:
         client.notify(method, *values)
         connection = client.connection
         assert connection is not None

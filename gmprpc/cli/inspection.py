@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -12,17 +12,16 @@ from gmprpc.client import Client
 from gmprpc.exceptions import MethodNotFound, RemoteError, no_such_method
 from gmprpc.methods import DESCRIBE, HEALTH, LIST
 
-from . import parameters
+from . import parameters, trust
 from .asking import OPTIONS_FIRST, asking, unknown_method
 from .exits import AnsweredError, Broken, ExitCode, printable
 
-C = TypeVar("C", bound=Callable[..., Any])
 
-
-def _question(command: C) -> C:
+def _question(command: Callable[..., Any]) -> Callable[..., Any]:
     """What the three have in common."""
     for decorate in (  # From the innermost outwards: arguments are taken in the opposite order.
         click.argument("address", type=parameters.address),
+        trust.options,
         click.option(
             "--timeout",
             type=parameters.seconds,
@@ -38,12 +37,12 @@ def _question(command: C) -> C:
 
 @click.command("list", context_settings=OPTIONS_FIRST)
 @_question
-def list_(address: Any, timeout: float) -> None:
+def list_(address: Any, timeout: float, **settings: Any) -> None:
     """Print the names of the methods, one a line.
 
     ADDRESS is HOST:PORT or unix:PATH.
     """
-    with asking(address, timeout=timeout) as client:
+    with asking(address, timeout=timeout, **trust.keywords(settings, address)) as client:
         names = _answer(client, LIST)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _senseless(LIST)
@@ -53,12 +52,12 @@ def list_(address: Any, timeout: float) -> None:
 @click.command(context_settings=OPTIONS_FIRST)
 @_question
 @click.argument("method")
-def describe(address: Any, method: str, timeout: float) -> None:
+def describe(address: Any, method: str, timeout: float, **settings: Any) -> None:
     """Print what METHOD takes, and the first line of its docstring.
 
     ADDRESS is HOST:PORT or unix:PATH.
     """
-    with asking(address, timeout=timeout) as client:
+    with asking(address, timeout=timeout, **trust.keywords(settings, address)) as client:
         try:
             description = _answer(client, DESCRIBE, method)
         except RemoteError as exc:
@@ -77,12 +76,12 @@ def describe(address: Any, method: str, timeout: float) -> None:
 @click.command(context_settings=OPTIONS_FIRST)
 @_question
 @click.pass_context
-def health(ctx: click.Context, address: Any, timeout: float) -> None:
+def health(ctx: click.Context, /, address: Any, timeout: float, **settings: Any) -> None:
     """Print SERVING, or NOT_SERVING and exit with 1.
 
     ADDRESS is HOST:PORT or unix:PATH.
     """
-    with asking(address, timeout=timeout) as client:
+    with asking(address, timeout=timeout, **trust.keywords(settings, address)) as client:
         word = _answer(client, HEALTH)
     if not isinstance(word, str):
         raise _senseless(HEALTH)

@@ -8,7 +8,7 @@ from typing import Any
 from gmprpc.server import Server
 from gmprpc.service import Service
 
-from . import limits, logs, otel, peers
+from . import certificates, limits, logs, otel, peers
 
 
 def make_server(service: Service, settings: Mapping[str, Any], listener: Any = None) -> Server:
@@ -16,7 +16,13 @@ def make_server(service: Service, settings: Mapping[str, Any], listener: Any = N
 
     Without a ``listener`` it listens nowhere: it serves a stream, or is told later where.
     """
-    server = Server(listener, service, **limits.keywords(settings, listener), **peers.keywords(settings))
+    server = Server(
+        listener,
+        service,
+        **limits.keywords(settings, listener),
+        **peers.keywords(settings),
+        **certificates.keywords(settings),
+    )
     logs.apply(settings, server)
     otel.apply(settings, server)
     return server

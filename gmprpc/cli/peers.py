@@ -17,7 +17,7 @@ options = options_of(
         "--proxy-protocol",
         type=click.Choice(PROXY_PROTOCOLS),
         default="off",
-        help="Learn from a balancer in front who has connected to it; auto: from it or from anybody, or not at all.",
+        help="Be told by a balancer in front who has connected to it; auto: or by nobody.",
     ),
     option(
         "--proxy-allow-from",

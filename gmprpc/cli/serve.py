@@ -17,7 +17,7 @@ from gmprpc.server import Server
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
-from . import demo, limits, logs, otel, parameters, peers
+from . import certificates, demo, limits, logs, otel, parameters, peers
 from .exits import Broken
 from .loading import load_service
 from .making import make_server
@@ -64,6 +64,7 @@ DEFAULT_BIND = "127.0.0.1:4423"
 )
 @limits.options
 @peers.options
+@certificates.options
 @logs.options
 @otel.options
 @click.pass_context
@@ -85,13 +86,16 @@ def serve(
     hooks don't.
 
     SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. A second SIGINT stops at
-    once.
+    once. SIGHUP reads the certificate again, if there is one.
 
     With --stdio it ends when its standard input does and everything is answered. What a method prints goes to standard
     error then.
     """
     if stdio and ctx.get_parameter_source("binds") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--stdio serves nobody but who started this program: there can be no --bind.")
+    if stdio and ctx.get_parameter_source("certfile") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--stdio serves over pipes and the like: there can be no --certfile.")
+    certificates.outlive_hangup(settings)
     if not no_patch:
         # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
         monkey.patch_all()
@@ -103,6 +107,7 @@ def serve(
         _serve_stream(make_server(service, settings), stream_over(*descriptors), graceful_timeout)
         return
     servers = [make_server(service, settings, bind) for bind in binds or [DEFAULT_BIND]]
+    certificates.reload_on_hangup(servers, settings)
     start(servers)
     for server in servers:
         click.echo(f"listening on {format_address(server.address)}", err=True)
