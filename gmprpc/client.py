@@ -67,6 +67,12 @@ class Client:
     ``retry_interval=None`` the first failed attempt fails all calls that wait. A connection that was lost is made again
     when somebody calls, or at once with ``keep_connected``, which is for clients that are called by their servers.
 
+    A server that is about to let a connection go says so with the notification ``$/draining``: nothing more is sent
+    there, another connection is made at once, for what is called from then on, and the old one is closed when all its
+    answers are in. It says so to those on whose connections it was ever asked for ``$/health``. With ``draining`` it is
+    asked on each connection, before any call: so no call is lost when the server is restarted. Servers that don't know
+    that method may close the connection; any answer will do.
+
     At most ``max_pending`` calls wait for their answers on one connection; further ones wait their turn, as they do
     while more than ``max_unsent_size`` bytes wait to be sent.
 
@@ -100,6 +106,7 @@ class Client:
         retry_interval: float | None = RETRY_INTERVAL,
         max_retry_interval: float = MAX_RETRY_INTERVAL,
         keep_connected: bool = False,
+        draining: bool = False,
         # Limits
         max_pending: int | None = MAX_PENDING,
         max_message_size: int = CLIENT_MAX_MESSAGE_SIZE,
@@ -142,6 +149,7 @@ class Client:
             retry_interval=retry_interval,
             max_retry_interval=max_retry_interval,
             keep_connected=keep_connected,
+            draining=draining,
             max_pending=max_pending,
             ping_interval=ping_interval,
             connection=ConnectionOptions(
@@ -157,7 +165,7 @@ class Client:
                 unpacker_options=unpacker_options or {},
             ),
         )
-        self._table = self.service.table()
+        self._table = self.service.table(on_draining=self.move_from)
         self._counters = Counters()
         self._links: PerHub[Link] = PerHub(self._new_link)
         #: True from :meth:`close` on until :meth:`connect`.
@@ -304,10 +312,10 @@ class Client:
     def statistics(self) -> dict[str, int]:
         """What happened since the client was made, and how much is going on now; see :class:`Counters`."""
         links = self._links.all()
-        connections = [link.connection for link in links if link.connection is not None]
+        connections = [connection for link in links for connection in link.connections]
         return {
             **self._counters.snapshot(),
-            "open_connections": sum(link.is_connected for link in links),
+            "open_connections": sum(connection.is_open for connection in connections),
             "in_flight": sum(connection.in_flight for connection in connections),
             "pending": sum(link.pending for link in links),
         }
@@ -379,6 +387,11 @@ class Client:
         self._may_start = False
         self._child_hub = gevent.get_hub()
         return self._child.stream
+
+    def move_from(self, connection: Connection) -> None:
+        """Its server will let go of ``connection``; called in the thread that has it."""
+        if not isinstance(self.address, Command):  # There is no other process that knows what that one knows.
+            self._links.get().move_from(connection)
 
     def is_worth_another_try(self, failure: BaseException) -> bool:
         """Whether what :meth:`open_stream` has raised may be otherwise next time: a server may come back."""

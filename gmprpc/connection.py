@@ -385,8 +385,11 @@ class Connection:
         return self._is_cut or self._is_abandoned
 
     def has_room(self, max_pending: int) -> bool:
-        """Whether another call can be sent now, so that ``max_pending`` at most wait for their answers."""
-        return self._phase < _DEAF and len(self._pending) < max_pending and self.unsent_size <= self._max_unsent_size
+        """Whether another call may be sent now, so that ``max_pending`` at most wait for their answers.
+
+        Not when this side is about to close it: who has the choice had better take another one.
+        """
+        return self._phase == _OPEN and len(self._pending) < max_pending and self.unsent_size <= self._max_unsent_size
 
     @property
     def in_flight(self) -> int:

@@ -21,11 +21,11 @@ from gevent.event import Event
 from .backoff import Backoff
 from .calls import IN_HUB, TakeBack
 from .connection import Connection
-from .exceptions import ConnectFailed, ConnectionClosed, ProtocolError, text_of
+from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed, ProtocolError, RemoteError, text_of
 from .heartbeat import Heartbeat
-from .methods import MethodTable
+from .methods import HEALTH, MethodTable
 from .metrics import Counters
-from .options import LinkOptions, check_timeout
+from .options import CONNECT_TIMEOUT, LinkOptions, check_timeout
 from .reply import PendingCall, failure_of
 from .requests import encoder_of
 from .streams import Stream
@@ -80,8 +80,11 @@ class Link:
         self.connection: Connection | None = None
         # Takes a call back from it.
         self._take_back_unsent: TakeBack | None = None
-        # The greenlets of this connection and of those before that still answer something.
+        # The greenlets of this connection, of those before on which something is still to be answered, and of one that
+        # is made.
         self._lives: dict[Greenlet[..., None], Connection] = {}
+        # Those of them that have not answered `$/health` yet, where calls are kept waiting for that.
+        self._on_probation: set[Connection] = set()
         # What waits for a connection, or for room on it, in the order in which it is to be sent; and before all that
         # what was sent on a connection that has ended, and had not left.
         self._queue: OrderedDict[PendingCall, _Waiting] = OrderedDict()  # A dict's first item is ever harder to find.
@@ -93,6 +96,7 @@ class Link:
         interval = options.retry_interval
         self._backoff = None if interval is None else Backoff(interval, options.max_retry_interval)
         self._not_before = 0.0  # When the next attempt may be made.
+        self._wanted_until = 0.0  # Till then there shall be a connection even if nobody waits for it.
         self._begun_at = 0.0  # When the last connection was made.
         self._is_unproven = False  # What the connection was good for hasn't been looked at yet.
         self._is_given_up = Event()  # Nobody waits for it any more.
@@ -193,7 +197,7 @@ class Link:
         """See to it that ``waiting``, which stands in one of the queues, gets its turn."""
         waiting.call._forget = partial(self._forget, waiting.call)
         connection = self.connection
-        if connection is not None and connection.is_open:
+        if connection is not None and connection.is_lasting:
             connection.calls.on_room = self._pump
             connection.settle_soon()
         else:
@@ -224,11 +228,15 @@ class Link:
             self._send(connection, waiting)
         if not queue:
             connection.calls.on_room = None
-        elif not connection.is_open:
-            connection.calls.on_room = None
-            for waiting in [*self._returned.values(), *self._queue.values()]:
-                self._limit_wait(waiting)
-            self._want_connection()
+        elif not connection.is_lasting:
+            self._wait_for_another(connection)
+
+    def _wait_for_another(self, connection: Connection) -> None:
+        """Let all that waits, for room on ``connection`` perhaps, wait for another one."""
+        connection.calls.on_room = None
+        for waiting in [*self._returned.values(), *self._queue.values()]:
+            self._limit_wait(waiting)
+        self._want_connection()
 
     def _send(self, connection: Connection, waiting: _Waiting) -> None:
         call, body = waiting.call, waiting.body
@@ -310,21 +318,65 @@ class Link:
                 self._is_given_up.wait(delay)
                 self._is_given_up.clear()
                 continue
+            begun = perf_counter()
             try:
                 self._opened.clear()
                 stream = self._owner.open_stream(self._opened.append)
+                if self._connecting is not me:
+                    stream.close()
+                    return
+                connection = self._come_alive(stream)
+                if self._options.draining:
+                    self._announce(connection, begun)
             except BaseException as exc:
                 if self._connecting is not me:
                     return  # Closed meanwhile: nobody waits any more.
                 if not self._fail(exc):
                     break
             else:
-                if self._connecting is not me:
-                    stream.close()
-                else:
-                    self._begin(stream)
+                self._begin(connection)
                 return
         self._connecting = None
+
+    def _come_alive(self, stream: Stream) -> Connection:
+        """The connection on ``stream``; no call goes there yet."""
+        connection = Connection(
+            stream, self._methods, self._options.connection, counters=self._counters, peer=self._owner.peer
+        )
+        if self._options.draining:
+            self._on_probation.add(connection)
+        self._opened.clear()
+        life = gevent.spawn(self._live, connection)
+        self._lives[life] = connection
+        life.rawlink(self._lives.pop)
+        return connection
+
+    def _announce(self, connection: Connection, begun: float) -> None:
+        """Have the server know, by asking for its health, that this client wants to be told before it is let go.
+
+        A server that is about to do so tells it before it answers. So what comes after the answer, whatever that is, is
+        not lost. The attempt to connect was ``begun`` then.
+
+        Raises:
+            ConnectFailed: there was no answer, or the server has told it.
+        """
+        where = format_address(self._owner.peer)
+        limit = self._options.connect_timeout
+        try:
+            connection.call(HEALTH, timeout=None if limit is None else max(0.0, begun + limit - perf_counter()))
+        except (RemoteError, ProtocolError):
+            pass  # Any answer will do.
+        except CallTimeout:
+            connection.abort()
+            raise ConnectFailed(f"can't connect to {where}: no answer to {HEALTH} within {limit:g} s") from None
+        except ConnectionClosed as exc:
+            reason = connection.error or exc
+            raise ConnectFailed(f"can't connect to {where}: {reason}") from (reason.__cause__ or reason)
+        except BaseException:  # This greenlet is killed.
+            connection.abort()
+            raise
+        if not connection.is_lasting:
+            raise ConnectFailed(f"can't connect to {where}: the server is about to stop")
 
     def _clear_up_after(self, connecting: Greenlet[..., None]) -> None:
         """Fail those who wait for a greenlet that won't make a connection any more: somebody has killed it."""
@@ -335,7 +387,10 @@ class Link:
 
     def _is_wanted(self) -> bool:
         """Whether there shall be a connection."""
-        return bool(self._queue or self._returned) or (self._options.keep_connected and not self._owner.is_closed)
+        if self._queue or self._returned:
+            return True
+        is_wanted = self._options.keep_connected or perf_counter() < self._wanted_until
+        return is_wanted and not self._owner.is_closed
 
     def _fail(self, exc: BaseException) -> bool:
         """There is no connection, because of ``exc``; says whether to try again."""
@@ -350,19 +405,14 @@ class Link:
         gevent.spawn(self._owner.report, exc)  # It may block, or call.
         return backoff is not None
 
-    def _begin(self, stream: Stream) -> None:
+    def _begin(self, connection: Connection) -> None:
         """Use the connection that has been made."""
-        connection = Connection(
-            stream, self._methods, self._options.connection, counters=self._counters, peer=self._owner.peer
-        )
+        self._on_probation.discard(connection)
         self.connection = connection
         self._take_back_unsent = partial(self._take_back, connection, None)
         self._is_unproven, self._begun_at = True, perf_counter()
         self._connecting = self._failure = None
-        self._opened.clear()
-        life = gevent.spawn(self._live, connection)
-        self._lives[life] = connection
-        life.rawlink(self._lives.pop)
+        self._wanted_until = 0.0
         connection.calls.on_room = self._pump
         # What this connection gives back goes before what it hasn't had room for; and nobody who calls while it has may
         # go before either.
@@ -386,11 +436,26 @@ class Link:
         finally:
             if heartbeat is not None:
                 heartbeat.stop()
+            is_new = connection in self._on_probation
+            self._on_probation.discard(connection)
             self._owner.let_go()
         if connection is self.connection and self._is_wanted():
             self._want_connection()
-        if error is not None:
+        if error is not None and not is_new:  # Or else that is why the attempt to connect has failed.
             gevent.spawn(self._owner.report, error)  # It may block, and `close` waits for this greenlet.
+
+    def move_from(self, connection: Connection) -> None:
+        """The server will let go of ``connection``: send nothing more there, and make another one for what comes.
+
+        It is closed when it has all its answers.
+        """
+        if not connection.is_lasting:
+            return
+        connection.finish()
+        if connection is self.connection:
+            limit = self._options.connect_timeout
+            self._wanted_until = perf_counter() + (CONNECT_TIMEOUT if limit is None else limit)
+            self._wait_for_another(connection)
 
     def _limit_wait(self, waiting: _Waiting) -> None:
         """Let what has no time-out of its own wait for a connection only as long as making one may take."""
@@ -463,14 +528,18 @@ class Link:
     @property
     def is_connected(self) -> bool:
         """True while there is a connection on which calls can be sent."""
-        return self.connection is not None and self.connection.is_open
+        return self.connection is not None and self.connection.is_lasting
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Those on which something may be under way; may be asked in any thread."""
+        return list(self._lives.values())
 
     @property
     def pending(self) -> int:
-        """How many calls wait for their answers, or to be sent."""
-        connection = self.connection
+        """How many calls wait for their answers, or to be sent; may be asked in any thread."""
         waiting = len(self._queue) + len(self._returned)
-        return waiting + (connection.pending if connection is not None else 0)
+        return waiting + sum(connection.pending for connection in self.connections)
 
 
 def _own(exc: Exception, was_sent: bool) -> Exception:

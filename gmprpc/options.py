@@ -103,6 +103,7 @@ class LinkOptions:
     retry_interval: float | None = RETRY_INTERVAL
     max_retry_interval: float = MAX_RETRY_INTERVAL
     keep_connected: bool = False
+    draining: bool = False
     max_pending: int | None = MAX_PENDING
     ping_interval: float | None = None
 

@@ -98,6 +98,7 @@ class Server:
             except OSError:
                 return
         patience = random.choice([3, 10, 30, 100])
+        is_leaving = False
         last: dict[int, int] = {}
         peer = Peer(sock)
         try:
@@ -107,8 +108,12 @@ class Server:
                     self.cancelled += message[1] == "$/cancel"
                     continue
                 _, msgid, method, params = message
+                if random.random() < (0.2 if method == "$/health" else 0.02):
+                    peer.send([2, "$/draining", []])
+                    is_leaving = True
                 if method == "$/health":
-                    peer.send([1, msgid, None, "SERVING"])
+                    if random.random() < 0.9:
+                        peer.send([1, msgid, None, "SERVING"])
                     continue
                 number, actor, place, _ = params
                 self.executions[number] += 1
@@ -118,7 +123,7 @@ class Server:
                     last[actor] = place
                 self._answer(peer, msgid, number)
                 patience -= 1
-                if not patience:
+                if not patience and not is_leaving:  # Who is told to go is heard out.
                     if random.random() < 0.3:
                         sock.shutdown(socket.SHUT_WR)
                     elif random.random() < 0.3:
@@ -315,6 +320,7 @@ def run(
         max_retry_interval=0.01,
         connect_timeout=random.choice([0.05, 2]),
         keep_connected=random.random() < 0.3,
+        draining=random.random() < 0.5,
         ping_interval=random.choice([None, None, 0.005, 0.5]),
         idle_timeout=random.choice([None, None, 0.005]),
         on_error=lambda client, exc: errors.append(exc),
@@ -337,6 +343,7 @@ def run(
     assert not link._queue
     assert not link._returned
     assert not link._lives
+    assert not link._on_probation
     assert link._connecting is None
     model.check()
     assert all(isinstance(exc, (gmprpc.ConnectionClosed, gmprpc.ProtocolError)) for exc in errors)
