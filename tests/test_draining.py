@@ -105,12 +105,12 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 
 
 SERVER = """
-import gmprpc
+import gevent, gmprpc
 
 server = gmprpc.Server(("127.0.0.1", 0), drain_delay=1000)
 server.register(print, "print")
 server.start()
-print(server.server_port, flush=True)
+gevent.spawn(print, server.server_port, flush=True)  # When signals are handled.
 server.serve_forever()
 """
 
