@@ -19,7 +19,7 @@ from .log import log
 from .metrics import Counters
 from .proxyprotocol import LOCAL_PROXIES, PROXY_PROTOCOLS, AllowedProxies, HeaderReader, ProxyProtocol
 from .streams import PlainStream, Stream, TLSStream
-from .transport import InetPeer, UnixPeer, format_address, peer_of
+from .transport import InetPeer, UnixPeer, format_address, peer_of, with_certificate
 
 logger = logging.getLogger("gmprpc.server")
 
@@ -76,7 +76,11 @@ class Entrance:
             plain = PlainStream(sock, write_timeout=self._write_timeout)
             self._arrivals[sock] = plain.abandon
             try:
-                return plain if ssl_context is None else self._secured(plain, ssl_context), peer
+                if ssl_context is None:
+                    return plain, peer
+                tls = self._secured(plain, ssl_context)
+                certificate = tls.peer_certificate()
+                return tls, peer if certificate is None else with_certificate(peer, certificate)
             except BaseException:  # It may be a kill, by who stops the server.
                 plain.close()
                 raise

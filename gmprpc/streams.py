@@ -64,6 +64,10 @@ _MIN_USER_TIMEOUT = 3.0
 RawSocket: type[stdlib_socket.socket] = monkey.get_original("socket", "socket")
 
 
+#: What a certificate says, as :meth:`ssl.SSLSocket.getpeercert` has it.
+Certificate = dict[str, Any]
+
+
 class Stream(Protocol):
     """A connected, non-blocking stream of bytes, which owns its descriptor."""
 
@@ -256,6 +260,10 @@ class TLSStream:
             with suppress(OSError):
                 self._stream.send(self._outgoing.read())  # The alert that tells the peer why.
             raise ConnectionClosed(f"TLS handshake failed: {exc}") from exc
+
+    def peer_certificate(self) -> Certificate | None:
+        """What the other side's certificate says, if it has shown one and it was verified; after the handshake."""
+        return self._tls.getpeercert() or None
 
     def recv(self) -> bytes:
         if self._failure is not None:

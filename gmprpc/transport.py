@@ -12,13 +12,13 @@ import socket as stdlib_socket
 import stat
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from gevent import socket
 from gevent.baseserver import parse_address as parse_listener  # type: ignore[attr-defined]  # The stubs forgot it.
 
-from .streams import RawSocket
+from .streams import Certificate, RawSocket
 
 #: What `gmprpc.Client` and `gmprpc.Server` take to say where: ``("host", port)``, ``"host:port"``, ``"unix:/path"``.
 Address = tuple[str, int] | tuple[str, int, int, int] | str | int
@@ -80,11 +80,21 @@ class InetPeer(tuple[Any, ...]):
 
     #: The address of the balancer that has connected for this peer, and says so (PROXY protocol); None without one.
     proxy: InetPeer | UnixPeer | None
+    #: What its TLS certificate says, as :meth:`ssl.SSLSocket.getpeercert` has it; None where none was asked for, or
+    #: shown. It has been verified.
+    certificate: Certificate | None
 
-    def __new__(cls, address: tuple[Any, ...], *, proxy: InetPeer | UnixPeer | None = None) -> Self:
+    def __new__(
+        cls,
+        address: tuple[Any, ...],
+        *,
+        proxy: InetPeer | UnixPeer | None = None,
+        certificate: Certificate | None = None,
+    ) -> Self:
         """The peer at ``address``."""
         self = super().__new__(cls, address)
         self.proxy = proxy
+        self.certificate = certificate
         return self
 
     @property
@@ -112,6 +122,8 @@ class UnixPeer:
     #: The user and the group that it ran as.
     uid: int | None = None
     gid: int | None = None
+    #: What its TLS certificate says, as for :class:`InetPeer`.
+    certificate: Certificate | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.path if self.pid is None else f"{self.path} (pid {self.pid}, uid {self.uid}, gid {self.gid})"
@@ -128,6 +140,13 @@ def peer_of(sock: Any, address: Any) -> InetPeer | UnixPeer:
     except (AttributeError, OSError):
         return UnixPeer(path)
     return UnixPeer(path, *_CREDENTIALS.unpack(credentials))
+
+
+def with_certificate(peer: InetPeer | UnixPeer, certificate: Certificate) -> InetPeer | UnixPeer:
+    """``peer``, who has shown ``certificate``."""
+    if isinstance(peer, InetPeer):
+        return InetPeer(peer, proxy=peer.proxy, certificate=certificate)
+    return replace(peer, certificate=certificate)
 
 
 # Linux's struct ucred.

@@ -8,19 +8,20 @@ import pickle
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gevent
 import msgpack
 import pytest
-import trustme
 from gevent import socket
 
 import gmprpc
 from gmprpc.proxyprotocol import ProxyProtocol
 from gmprpc.transport import format_address
 
+from .certificates import Certificates
 from .helpers import Peer, needs_ipv6, wait_until
 from .tls_peers import RecordPeer
 
@@ -277,13 +278,17 @@ def test_the_log_names_the_client(start: Start, caplog: pytest.LogCaptureFixture
 
 
 @pytest.fixture(scope="module")
-def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's, and a client's that trusts it."""
-    authority = trustme.CA()
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.issue_cert("localhost").configure_cert(server)
-    authority.configure_trust(client)
-    return server, client
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def contexts(certificates: Certificates) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's, and a client's that trusts it and has a certificate."""
+    return (
+        gmprpc.tls.server_context(certificates.server),
+        gmprpc.tls.client_context(certificates.authority, certfile=certificates.client),
+    )
 
 
 @pytest.mark.parametrize("header, expected", [(V1, "v1"), (V2, "v2"), (V2, "auto"), (b"", "auto")])
@@ -300,6 +305,58 @@ def test_the_header_comes_before_tls(
         tls.sendall(ASK)
         host = "192.0.2.7:5000" if header else format_address(sock.getsockname())
         assert msgpack.unpackb(tls.read())[3][0] == host
+
+
+@pytest.mark.parametrize("is_unix", [False, True], ids=["TCP", "unix"])
+@pytest.mark.parametrize("is_demanded", [True, False], ids=["mutual", "one-sided"])
+def test_handlers_see_the_certificate_of_the_client(
+    service: gmprpc.Service,
+    certificates: Certificates,
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+    tmp_path: Path,
+    is_unix: bool,
+    is_demanded: bool,
+) -> None:
+    @service.method
+    def names() -> Any:
+        certificate = gmprpc.current_call().peer.certificate
+        return certificate and certificate["subjectAltName"]
+
+    cafile = certificates.authority if is_demanded else None
+    context = gmprpc.tls.server_context(certificates.server, client_cafile=cafile)
+    listener: Any = f"unix:{tmp_path}/socket" if is_unix else ("127.0.0.1", 0)
+    options: Any = {"ssl_context": contexts[1], "server_hostname": "localhost"}
+    with gmprpc.Server(listener, service, ssl_context=context) as server:
+        client = gmprpc.Client(server.address, **options)
+        with client:
+            assert client.call("names") == ([["DNS", "client.test"]] if is_demanded else None)
+            (connection,) = server.connections
+            # It is the same peer, with or without.
+            assert hash(connection.peer)
+            if is_unix:
+                assert connection.peer == replace(connection.peer, certificate=None)
+                assert str(connection.peer).startswith(listener)
+            else:
+                assert isinstance(connection.peer, gmprpc.InetPeer)
+                assert connection.peer.proxy is None
+                assert pickle.loads(pickle.dumps(connection.peer)).certificate == connection.peer.certificate
+
+
+def test_the_certificate_is_the_clients_also_behind_a_balancer(
+    start: Start, certificates: Certificates, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    context = gmprpc.tls.server_context(certificates.server, client_cafile=certificates.authority)
+    with start("v2", ssl_context=context) as server:
+
+        def announce(client: gmprpc.Client, sock: Any) -> None:
+            sock.sendall(V2)
+
+        options: Any = {"ssl_context": contexts[1], "server_hostname": "localhost", "after_connect": announce}
+        with gmprpc.Client(server.address, **options) as client:
+            assert client.call("who")[0] == "192.0.2.7:5000"
+            (connection,) = server.connections
+            assert connection.peer.certificate["subjectAltName"] == (("DNS", "client.test"),)
+            assert connection.peer.proxy.host == "127.0.0.1"
 
 
 def test_a_handshake_that_fails_names_the_client(
