@@ -17,7 +17,7 @@ from gmprpc.server import Server
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
-from . import certificates, demo, limits, logs, otel, parameters, peers
+from . import certificates, demo, limits, logs, metrics, otel, parameters, peers
 from .exits import Broken
 from .loading import load_service
 from .making import make_server
@@ -67,6 +67,7 @@ DEFAULT_BIND = "127.0.0.1:4423"
 @certificates.options
 @logs.options
 @otel.options
+@metrics.options
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -104,13 +105,17 @@ def serve(
     # After the application, which may have an idea of its own; then this does nothing.
     logs.configure(settings)
     if descriptors is not None:
-        _serve_stream(make_server(service, settings), stream_over(*descriptors), graceful_timeout)
+        server = make_server(service, settings)
+        metrics.tell(ctx.with_resource(metrics.served(settings, [server])))
+        _serve_stream(server, stream_over(*descriptors), graceful_timeout)
         return
     servers = [make_server(service, settings, bind) for bind in binds or [DEFAULT_BIND]]
     certificates.reload_on_hangup(servers, settings)
+    admin = ctx.with_resource(metrics.served(settings, servers))
     start(servers)
     for server in servers:
         click.echo(f"listening on {format_address(server.address)}", err=True)
+    metrics.tell(admin)
     if app is None:
         _suggest(ctx.find_root().command_path, servers[0].address)
     serve_until(Event(), servers, graceful_timeout)
