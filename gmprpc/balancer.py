@@ -79,6 +79,7 @@ class Balancer:
         self.address = self._settings.discovery.address
         self._past: Counter[str] = Counter()
         self._pools = PerHub(partial(Pool, self._settings, self._past))
+        self._closing: list[Pool] = []
         self._is_closed = False
 
     # Calling.
@@ -163,6 +164,7 @@ class Balancer:
         """
         self._is_closed = True
         pools = self._pools.all()
+        self._closing = [pool for pool in self._closing if not pool.is_over] + pools
         self._pools.clear()
         for pool in pools:
             pool.close_from_any_thread()
@@ -177,8 +179,9 @@ class Balancer:
         """
         statistics = Counter(dict.fromkeys(Pool.COUNTS + GAUGES, 0) | Counters().snapshot())
         statistics.update(dict(self._past))  # A copy, made at once: another thread may add to it.
-        for pool in self._pools.all():
-            statistics.update(pool.statistics())
+        for pool in [*self._closing, *self._pools.all()]:
+            if not pool.is_over:
+                statistics.update(pool.statistics())
         return dict(statistics)
 
     @property

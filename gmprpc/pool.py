@@ -144,6 +144,8 @@ class Pool:
         self._is_any_usable = Event()
         # Why calls can't go on, once that is so.
         self._end: str | None = None
+        #: True once all that it has counted is among what is past.
+        self.is_over = False
         # How many calls wait for an endpoint.
         self._waiting = 0
         self._counts: Counter[str] = Counter()
@@ -370,9 +372,10 @@ class Pool:
 
     def _close(self, client: EndpointClient) -> None:
         client.close()
-        # Another thread may do this at the same moment, and a count be lost: no more than that.
-        self._past.update({name: count for name, count in client.statistics().items() if name not in GAUGES})
-        self._closing.discard(client)
+        if client in self._closing:  # Or else it has been closed by somebody else, too.
+            # Another thread may do this at the same moment, and a count be lost: no more than that.
+            self._past.update({name: count for name, count in client.statistics().items() if name not in GAUGES})
+            self._closing.discard(client)
 
     # Endpoints that fail and return.
 
@@ -517,14 +520,14 @@ class Pool:
     def close(self) -> None:
         """End everything, and wait for that; in the pool's own thread."""
         self._end = "the balancer was closed"
-        endpoints = [*self._endpoints, *self._leaving]
-        for endpoint in endpoints:
-            self._endpoints.take_out(endpoint)
+        clients = [*(endpoint.client for endpoint in [*self._endpoints, *self._leaving]), *self._closing]
+        self._endpoints.update([])
+        self._leaving.clear()
+        self._closing.update(clients)
         self._is_any_usable.set()
         me = gevent.getcurrent()  # Perhaps one of those that end, in a hook.
         tasks = [task for task in self._tasks if task is not me]
         gevent.killall(tasks, block=False)
-        clients = [*(endpoint.client for endpoint in endpoints), *self._closing]
         for client in clients:
             client.is_closed = True
             if client.connection is not None:
@@ -533,6 +536,7 @@ class Pool:
             self._close(client)
         gevent.joinall([*tasks, *(call for call in self._calls if call is not me)])
         self._past.update(self._counts)
+        self.is_over = True
 
     def leave(self) -> None:
         """This thread ends. Its greenlets won't go on, and its connections are closed by the clients."""

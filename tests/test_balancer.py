@@ -24,6 +24,7 @@ from gevent.threadpool import ThreadPool
 
 import gmprpc
 from gmprpc.backoff import Backoff
+from gmprpc.pool import EndpointClient
 
 from .helpers import Peer, listening, wait_until
 from .programs import FORKING_PYTHON, Program
@@ -616,6 +617,36 @@ def test_the_list_may_change_while_calls_are_in_flight(places: list[Place], make
     wait_until(lambda: places[0].connections == 0)
     assert places[1].server.statistics()["connections"] == 1
     assert balancer.statistics()["connections"] == 3  # Also what the one that is gone has counted.
+
+
+def test_what_was_counted_stays_counted_while_it_closes(
+    places: list[Place], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    balancer = all_usable(make(places))
+    balancer.call("who")
+    before = balancer.statistics()
+    go = Event()
+    close = EndpointClient.close
+
+    def close_slowly(client: EndpointClient) -> None:
+        go.wait()
+        close(client)
+
+    monkeypatch.setattr(EndpointClient, "close", close_slowly)
+    closing = gevent.spawn(balancer.close)
+    wait_until(lambda: all(place.connections == 0 for place in places))
+    during = balancer.statistics()
+    balancer.connect()  # Another may be made meanwhile.
+    wait_until(lambda: usable(balancer) == 3)
+    reopened = balancer.statistics()
+    go.set()
+    closing.get()
+    balancer.close()
+    after = balancer.statistics()
+    assert before["connections"] == during["connections"] == 3
+    assert before["probes"] == during["probes"] == 3
+    assert reopened["connections"] == after["connections"] == 6
+    assert reopened["probes"] == after["probes"] == 6
 
 
 def test_a_list_that_becomes_empty_and_is_filled_again(places: list[Place], make: Any) -> None:
