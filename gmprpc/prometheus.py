@@ -275,7 +275,8 @@ class _Relay:
                 if key in statistics:
                     (gauge.labels(*labels) if labels else gauge).set(statistics[key])
             for key, counter in self._counters.items():
-                if more := statistics.get(key, 0) - self._counted.get((key, labels), 0):
+                # Never less than nothing: threads may lose a count between them, and a counter would raise.
+                if (more := statistics.get(key, 0) - self._counted.get((key, labels), 0)) > 0:
                     (counter.labels(*labels) if labels else counter).inc(more)
                     self._counted[key, labels] = statistics[key]
 
