@@ -51,6 +51,10 @@ from .transport import (
 
 logger = logging.getLogger("gmprpc.server")
 
+# How long the end of a stream waits for observers, who may be the last to hear of it in this process. Picked
+# arbitrarily, as for the end of a server.
+_CATCH_UP_TIMEOUT = 1.0
+
 Hook = Callable[..., Any]
 
 
@@ -369,6 +373,7 @@ class Server(Registry):
         _servers.add(self)
         life = self._greenlets.spawn(lambda: self._live(self._connection_on(stream, peer)))
         error: Exception | None = life.get()
+        self._observing.catch_up(_CATCH_UP_TIMEOUT)
         return error
 
     def __call__(self, socket: Any, address: Any) -> None:

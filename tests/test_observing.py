@@ -17,6 +17,7 @@ import gmprpc
 from gmprpc import Outcome, observing
 from gmprpc.exceptions import ErrorResponse
 from gmprpc.observing import Observing
+from gmprpc.streams import PlainStream
 
 from .helpers import Peer, collected, wait_until
 from .programs import FORKING_PYTHON, Program
@@ -547,6 +548,24 @@ def test_stopping_waits_a_moment_for_the_observers(service: gmprpc.Service) -> N
     assert not stopping.ready()
     blocking.go.set()
     stopping.get()
+    assert blocking.outcomes == [("echo", 0, "ok")]
+
+
+def test_the_end_of_a_stream_waits_a_moment_for_the_observers(
+    service: gmprpc.Service, sockets: tuple[Any, Any]
+) -> None:
+    blocking = Blocking()
+    server = gmprpc.Server(None, service, observers=[blocking])
+    serving = gevent.spawn(server.serve_stream, PlainStream(sockets[0]))
+    with Peer(sockets[1]) as peer:
+        assert peer.call("echo", 1) == [1, 0, None, 1]
+        peer.shutdown()
+        assert peer.receive_rest() == []
+        wait_until(lambda: not server.connections)
+        gevent.sleep(0.001)
+        assert not serving.ready()
+        blocking.go.set()
+        assert serving.get() is None
     assert blocking.outcomes == [("echo", 0, "ok")]
 
 
