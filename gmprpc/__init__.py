@@ -3,7 +3,7 @@
 See the README for how to use it, https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md for the protocol.
 """
 
-from . import tls
+from . import stacks, tls
 from .accesslog import AccessLog
 from .balancer import Balancer
 from .client import Client, Proxy, mprpc_client
@@ -62,5 +62,6 @@ __all__ = [
     "current_call",
     "mprpc_client",
     "mprpc_server",
+    "stacks",
     "tls",
 ]

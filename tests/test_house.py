@@ -31,6 +31,7 @@ FLOORS: dict[str, int] = {
     "builtin": 5,
     "expiry": 5,
     "observing": 6,
+    "stacks": 5,
     "accesslog": 7,
     "threads": 5,
     "requests": 4,

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from gevent import monkey
 from gevent.event import Event
 
+from gmprpc import stacks
 from gmprpc.pipes import stream_over
 from gmprpc.server import Server
 from gmprpc.streams import Stream
@@ -87,7 +88,8 @@ def serve(
     hooks don't.
 
     SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. A second SIGINT stops at
-    once. SIGHUP reads the certificate again, if there is one.
+    once. SIGHUP reads the certificate again, if there is one. SIGUSR1 prints to standard error what each greenlet and
+    thread is doing.
 
     With --stdio it ends when its standard input does and everything is answered. What a method prints goes to standard
     error then.
@@ -101,6 +103,7 @@ def serve(
         # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
         monkey.patch_all()
     descriptors = take_standard_streams() if stdio else None  # Before the application, which may print something.
+    stacks.dump_on_signal()  # The application may have another use for the signal.
     service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
     # After the application, which may have an idea of its own; then this does nothing.
     logs.configure(settings)
