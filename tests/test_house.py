@@ -18,6 +18,7 @@ FLOORS: dict[str, int] = {
     "__init__": 10,
     "cli": 10,
     "balancer": 9,
+    "gunicorn": 9,
     "pool": 8,
     "otel": 8,
     "client": 7,

@@ -1,0 +1,261 @@
+"""A worker for gunicorn: ``gunicorn -k gmprpc.gunicorn.Worker module:service``.
+
+Gunicorn starts and ends the processes, opens what they listen at, and hears the signals; what is here runs a server in
+each of them. It needs the extra ``gmprpc[gunicorn]``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import ssl
+import sys
+from contextlib import suppress
+from queue import Empty
+from typing import Any
+
+import gevent
+from gevent import hub, monkey, socket
+from gevent.event import Event
+from gunicorn.errors import AppImportError
+from gunicorn.workers import base
+
+from .connection import Call
+from .exceptions import ErrorResponse
+from .methods import RESERVED_PREFIX
+from .observing import Observer
+from .server import Server
+from .service import Service
+from .tls import server_context
+
+#: How long before gunicorn kills a worker that has been told to stop it cuts what it still has, in seconds: then its
+#: callers and its log hear of it. A server gives those that it cuts a second to end.
+KILL_MARGIN = 1.0
+
+# A sign of life is due every half of gunicorn's `timeout`; this is how often its own gevent worker gives one.
+_HEARTBEAT = 1.0
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
+    """Serves a :class:`gmprpc.Service`, or a :class:`gmprpc.Server`, in one of gunicorn's processes.
+
+    A server's keywords count for each worker; where it listens is what gunicorn says. So do of gunicorn's settings:
+
+    * ``graceful_timeout``: what calls in flight are given when the worker has to stop, in place of ``stop_timeout``;
+    * ``worker_connections``: the most connections in each worker, unless ``max_connections`` is lower;
+    * ``certfile``, ``keyfile``, ``ca_certs``, ``cert_reqs``, ``ciphers``, ``ssl_context``: TLS, in place of the
+      server's own ``ssl_context``;
+    * ``max_requests``, ``max_requests_jitter``: how many calls a worker carries out before another takes its place;
+    * ``timeout``: a worker whose hub is blocked for that long, by a handler that computes, is killed.
+
+    What is about HTTP doesn't count. The standard library is monkey-patched before the application is imported, unless
+    a subclass sets ``patches`` to False.
+    """
+
+    #: Whether to monkey-patch the standard library.
+    patches = True
+
+    # Gunicorn's own.
+    sockets: list[Any]
+    alive: bool
+    aborted: bool
+
+    # Before it serves.
+
+    def init_process(self) -> None:
+        """Begin to be a process of its own; called by gunicorn, and doesn't return before its end."""
+        try:
+            self._take_signals_that_were_early()
+            self._init_process()
+        except _ToldToStop:
+            sys.exit(0)
+
+    def _init_process(self) -> None:
+        if self.patches:
+            monkey.patch_all()
+        hub.reinit()
+        # Gevent's, as the server needs them; the descriptors go on being gunicorn's, which knows them by other objects.
+        self.sockets = [socket.socket(s.FAMILY, socket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets]
+        self._woken = Event()
+        self._is_urgent = False
+        super().init_process()
+
+    def _take_signals_that_were_early(self) -> None:
+        """End if it has been told so before gunicorn's own handlers of a worker are there.
+
+        Until then its master's are: what they get they put into a queue that nobody reads in this process, and its
+        master would wait for the whole of `graceful_timeout`.
+        """
+        master: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        for signum in _STOP_SIGNALS:
+            signal.signal(signum, self.handle_exit)
+        with suppress(AttributeError, Empty):
+            while True:
+                if master.SIG_QUEUE.get_nowait() in _STOP_SIGNALS:
+                    raise _ToldToStop
+
+    def load_wsgi(self) -> None:
+        """Have the application loaded, and make it ready to serve; called by gunicorn."""
+        try:
+            app = self.app.wsgi()
+        except SyntaxError as exc:
+            if not self.cfg.reload:
+                raise
+            # As gunicorn does: whoever is at work on it sees what is wrong, and the worker waits to be reloaded.
+            self.log.exception(exc)
+            if exc.filename is not None:
+                self.reloader.add_extra_file(exc.filename)
+            app = _failing(f"{type(exc).__name__}: {exc}")
+        self.server = self._server_of(app)
+        _log_as_gunicorn_does()
+
+    def _server_of(self, app: Any) -> Server:
+        if isinstance(app, Service):
+            app = Server(None, app)
+        if not isinstance(app, Server):
+            kind = getattr(app, "__name__", type(app).__name__)
+            raise AppImportError(
+                f"{kind} is no gmprpc.Service or gmprpc.Server, and gmprpc.gunicorn.Worker serves nothing else. "
+                "Is it a WSGI application? That is for another worker class: gunicorn -k gevent."
+            )
+        app.listener = self.sockets
+        app.max_connections = min(filter(None, (app.max_connections, self.cfg.worker_connections)), default=None)
+        if self.cfg.workers > 1:
+            app.max_accept = 1  # Connections live long: no worker should be quicker and take all that come together.
+        if self.cfg.is_ssl:
+            app.ssl_context = _ssl_context_of(self.cfg)
+        if self.cfg.max_requests:
+            app.add_observer(_CallLimit(self))
+        return app
+
+    # While it serves.
+
+    def run(self) -> None:
+        """Serve until gunicorn says stop, then answer what is in flight; called by gunicorn."""
+        heartbeat = gevent.spawn(self._beat)
+        # Python calls the handlers of signals when it has something to do next: let the hub have something.
+        watcher = gevent.get_hub().loop.io(self.PIPE[0], 1)
+        watcher.start(self._wake)
+        if self.alive:
+            self.server.start()
+        while self.alive:
+            self._woken.wait()
+            self._woken.clear()
+        if self.aborted:
+            sys.exit(1)
+        if not self._is_urgent:
+            self.server.stop(max(self.cfg.graceful_timeout - KILL_MARGIN, 0))
+        if self._is_urgent:  # From the beginning, or by now.
+            self.server.stop(0)
+        watcher.close()
+        heartbeat.kill()
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self.PIPE[0], 4096)
+        self._woken.set()
+
+    def _beat(self) -> None:
+        """Show gunicorn again and again that the hub isn't blocked, also while it stops."""
+        interval = min(_HEARTBEAT, self.timeout or _HEARTBEAT)
+        while True:
+            self.notify()
+            if self.alive and self.ppid != os.getppid():
+                self.log.info("Parent changed, shutting down: %s", self)
+                self.alive = False
+            self._woken.set()  # What else makes it not `alive`, a reloader say, needn't know how to wake it.
+            gevent.sleep(interval)
+
+    def retire(self) -> None:
+        """Stop, and answer what is in flight; gunicorn has another worker in its place."""
+        self.alive = False
+        self._woken.set()
+
+    # Signals. Python calls these in whatever greenlet is at work: they mustn't block.
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: stop, and answer what is in flight."""
+        self.alive = False
+        if not self.booted:
+            raise _ToldToStop  # It has nothing yet, and may be long in getting it.
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGINT and SIGQUIT: stop at once."""
+        self.alive = False
+        if not self.booted:
+            self.cfg.worker_int(self)
+            raise _ToldToStop
+        gevent.spawn(self._quit)
+
+    def _quit(self) -> None:
+        self._is_urgent = True
+        self.cfg.worker_int(self)
+        self.server.stop(0)  # Cuts short one that waits.
+
+    def handle_usr1(self, sig: int, frame: Any) -> None:
+        """SIGUSR1: open the files of the log anew."""
+        gevent.spawn(self.log.reopen_files)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """SIGABRT: gunicorn has waited for a sign of life for too long. What blocks the hub gets SystemExit."""
+        self.aborted = True
+        super().handle_abort(sig, frame)
+
+
+class _ToldToStop(KeyboardInterrupt):
+    """Ends a worker that doesn't serve yet, wherever it is: what loads applications takes a SystemExit for theirs.
+
+    Gevent raises a KeyboardInterrupt in the main greenlet, also when it strikes while the hub runs.
+    """
+
+
+class _CallLimit(Observer):
+    """Retires a worker that has begun as many calls as gunicorn allows it; those of built-in methods don't count."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._begun = 0
+
+    def call_started(self, call: Call) -> None:
+        if call.method.startswith(RESERVED_PREFIX):
+            return
+        self._begun += 1
+        if self._begun == self._worker.max_requests:
+            self._worker.log.info("Autorestarting worker after %d calls.", self._begun)
+            self._worker.retire()
+
+
+def _failing(reason: str) -> Server:
+    """A server that answers everything with an error."""
+
+    def fail(*_: Any) -> None:
+        raise ErrorResponse(f"the application can't be loaded: {reason}")
+
+    server = Server(None, on_dispatch=fail)
+    server.is_healthy = False
+    return server
+
+
+def _ssl_context_of(cfg: Any) -> ssl.SSLContext:
+    """What gunicorn's settings say, with the safe defaults of ours."""
+
+    def make() -> ssl.SSLContext:
+        context = server_context(cfg.certfile, cfg.keyfile, client_cafile=cfg.ca_certs)
+        context.verify_mode = cfg.cert_reqs
+        if cfg.ciphers:
+            context.set_ciphers(cfg.ciphers)
+        return context
+
+    context: ssl.SSLContext = cfg.ssl_context(cfg, make)
+    return context
+
+
+def _log_as_gunicorn_does() -> None:
+    """Have gmprpc log where gunicorn does, unless the application has said where."""
+    ours, theirs = logging.getLogger("gmprpc"), logging.getLogger("gunicorn.error")
+    if not ours.hasHandlers():
+        ours.handlers = [*theirs.handlers]
+        ours.setLevel(theirs.level)
