@@ -16,7 +16,7 @@ from gmprpc.options import (
     SERVER_MAX_MESSAGE_SIZE,
     WRITE_TIMEOUT,
 )
-from gmprpc.transport import UNIX_PREFIX
+from gmprpc.transport import UNIX_PREFIX, SocketFile
 
 from . import parameters
 from .parameters import option, options_of
@@ -124,6 +124,11 @@ _EVERYWHERE = (
     "hide_errors",
 )
 _FOR_FILES = ("socket_mode", "socket_user", "socket_group")
+
+
+def socket_file(settings: Mapping[str, Any]) -> SocketFile:
+    """What the options say about the files of unix sockets."""
+    return SocketFile(*(settings[name] for name in _FOR_FILES))
 
 
 def keywords(settings: Mapping[str, Any], bind: Any = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def load_service(target: str, *, app_dir: str, factory: bool) -> Service:
         Misuse: ``target`` isn't MODULE:ATTR.
         Unreachable: there is no such module or attribute, it fails, or it is no service.
     """
-    module_name, attribute = _split(target)
+    module_name, attribute = split(target)
     sys.path.insert(0, os.path.abspath(app_dir))
     try:
         found = _attribute_of(_import(module_name, app_dir), attribute)
@@ -43,7 +43,8 @@ def load_service(target: str, *, app_dir: str, factory: bool) -> Service:
     raise Unreachable(f"{target} is no gmprpc.Service or gmprpc.Server, but of type {type(found).__name__}{hint}.")
 
 
-def _split(target: str) -> tuple[str, str]:
+def split(target: str) -> tuple[str, str]:
+    """The module and the attribute that ``target`` names; raises Misuse if it isn't MODULE:ATTR."""
     module_name, _, attribute = target.partition(":")
     if module_name.endswith(".py"):
         module_name = module_name.removesuffix(".py").replace(os.sep, ".")

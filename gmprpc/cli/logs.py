@@ -36,13 +36,17 @@ options = options_of(
 )
 
 
+def formatter(settings: Mapping[str, Any]) -> logging.Formatter:
+    """What gives a line the form that the options say."""
+    if settings["log_format"] == "json":
+        return JSONFormatter()
+    return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
 def configure(settings: Mapping[str, Any]) -> None:
     """Have the log written as the options say, unless the application has an idea of its own."""
     handler = logging.StreamHandler()
-    if settings["log_format"] == "json":
-        handler.setFormatter(JSONFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(formatter(settings))
     logging.basicConfig(level=settings["log_level"].upper(), handlers=[handler])
     if settings["access_log"]:
         access_logger.setLevel(logging.INFO)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import gevent
 from gevent.event import Event
@@ -21,15 +23,25 @@ logger = logging.getLogger("gmprpc.cli")
 def start(servers: Sequence[Server]) -> None:
     """Start all or none."""
     for server in servers:
-        place = format_address(server.address)
         try:
-            server.start()
-        except (OSError, LookupError) as exc:
+            with listening_errors(server.address):
+                server.start()
+        except Unreachable:
             for started in servers:
                 started.close()
-            if isinstance(exc, LookupError):
-                raise Unreachable(f"can't listen on {place}: {exc.args[0]}.") from exc
-            raise Unreachable(f"can't listen on {place}: {exc.strerror or exc}; --bind names another place.") from exc
+            raise
+
+
+@contextmanager
+def listening_errors(place: Any) -> Iterator[None]:
+    """Turn what listening at ``place`` may raise into the error that ends the program."""
+    try:
+        yield
+    except LookupError as exc:
+        raise Unreachable(f"can't listen on {format_address(place)}: {exc.args[0]}.") from exc
+    except OSError as exc:
+        reason = f"can't listen on {format_address(place)}: {exc.strerror or exc}"
+        raise Unreachable(f"{reason}; --bind names another place.") from exc
 
 
 def serve_until(over: Event, servers: Sequence[Server], graceful_timeout: float) -> None:

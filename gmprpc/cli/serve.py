@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import click
@@ -15,12 +17,13 @@ from gevent.event import Event
 from gmprpc import stacks
 from gmprpc.pipes import stream_over
 from gmprpc.server import Server
+from gmprpc.service import Service
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
 from . import certificates, demo, limits, logs, metrics, otel, parameters, peers
-from .exits import Broken
-from .loading import load_service
+from .exits import Broken, Unreachable
+from .loading import load_service, split
 from .making import make_server
 from .parameters import option
 from .running import serve_until, start
@@ -41,6 +44,13 @@ DEFAULT_BIND = "127.0.0.1:4423"
     show_default=DEFAULT_BIND,
     metavar="ADDRESS",
     help="Listen on HOST:PORT, unix:PATH or fd://N; may be given several times.",
+)
+@option(
+    "-w",
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Serve in so many processes, which gunicorn runs; by default in this one.",
 )
 @click.option(
     "--stdio",
@@ -75,6 +85,7 @@ def serve(
     /,
     app: str | None,
     binds: Sequence[Any],
+    workers: int | None,
     stdio: bool,
     app_dir: str,
     factory: bool,
@@ -91,22 +102,41 @@ def serve(
     once. SIGHUP reads the certificate again, if there is one. SIGUSR1 prints to standard error what each greenlet and
     thread is doing.
 
+    With --workers gunicorn runs the processes, and the signals are its own: SIGTERM stops gracefully, SIGINT and
+    SIGQUIT at once, SIGHUP has new processes load MODULE anew while the old ones stop gracefully, SIGTTIN and SIGTTOU
+    make them more or fewer. Its other settings come from the environment variable GUNICORN_CMD_ARGS, for example
+    "--max-requests 100000 --timeout 60" (a process whose handlers block it for --timeout seconds is killed).
+
     With --stdio it ends when its standard input does and everything is answered. What a method prints goes to standard
     error then.
     """
     if stdio and ctx.get_parameter_source("binds") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--stdio serves nobody but who started this program: there can be no --bind.")
+    if stdio and ctx.get_parameter_source("workers") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--stdio serves nobody but who started this program: there can be no --workers.")
     if stdio and ctx.get_parameter_source("certfile") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--stdio serves over pipes and the like: there can be no --certfile.")
+    load = partial(_load, app, app_dir, factory, settings)
+    if workers is not None and not stdio:
+        if app is not None:
+            split(app)  # Before there is any process that would fail.
+        _workers().serve_in_workers(
+            workers,
+            lambda: make_server(load(), settings),
+            binds,
+            settings,
+            default_bind=DEFAULT_BIND,
+            graceful_timeout=graceful_timeout,
+            patches=not no_patch,
+            on_listening=_tell,
+        )
     certificates.outlive_hangup(settings)
     if not no_patch:
         # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
         monkey.patch_all()
     descriptors = take_standard_streams() if stdio else None  # Before the application, which may print something.
     stacks.dump_on_signal()  # The application may have another use for the signal.
-    service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
-    # After the application, which may have an idea of its own; then this does nothing.
-    logs.configure(settings)
+    service = load()
     if descriptors is not None:
         server = make_server(service, settings)
         metrics.tell(ctx.with_resource(metrics.served(settings, [server])))
@@ -117,11 +147,33 @@ def serve(
     admin = ctx.with_resource(metrics.served(settings, servers))
     start(servers)
     for server in servers:
-        click.echo(f"listening on {format_address(server.address)}", err=True)
+        _tell(server.address)
     metrics.tell(admin)
     if app is None:
         _suggest(ctx.find_root().command_path, servers[0].address)
     serve_until(Event(), servers, graceful_timeout)
+
+
+def _workers() -> ModuleType:
+    """The module that needs an extra."""
+    try:
+        from . import workers
+    except ModuleNotFoundError as exc:
+        if exc.name != "gunicorn":
+            raise
+        raise Unreachable("--workers needs gunicorn: pip install 'gmprpc[gunicorn]'.") from exc
+    return workers
+
+
+def _load(app: str | None, app_dir: str, factory: bool, settings: Mapping[str, Any]) -> Service:
+    service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
+    # After the application, which may have an idea of its own; then this does nothing.
+    logs.configure(settings)
+    return service
+
+
+def _tell(address: Any) -> None:
+    click.echo(f"listening on {format_address(address)}", err=True)
 
 
 def _serve_stream(server: Server, stream: Stream, graceful_timeout: float) -> None:

@@ -1,0 +1,177 @@
+"""Gunicorn with workers of gmprpc's, started by itself or by ``gmprpc serve --workers``, and what they serve."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gmprpc
+from tests.helpers import wait_until
+from tests.programs import FORKING_PYTHON, Program
+
+APP = '''
+import mmap
+import os
+import pathlib
+import time
+
+import gevent
+import gmprpc
+from gevent import monkey
+
+HERE = pathlib.Path(__file__).parent
+VERSION = 1
+DISPATCHED = []
+
+service = gmprpc.Service()
+server = gmprpc.Server(
+    "unix:/not/there",
+    service,
+    hide_errors=True,
+    on_dispatch=lambda connection, message: DISPATCHED.append(message[2]),
+    socket_mode=0o600,
+)
+healths = []
+
+if (HERE / "ledger").exists():
+    with (HERE / "ledger").open("r+b") as file:
+        ledger = mmap.mmap(file.fileno(), 0)
+
+
+@service.method
+def pid():
+    return os.getpid()
+
+
+@service.method
+def version():
+    return VERSION
+
+
+@service.method
+def patched():
+    return monkey.is_module_patched("socket")
+
+
+@service.method
+def dispatched():
+    return DISPATCHED
+
+
+@service.method
+def fail():
+    raise ValueError("a secret")
+
+
+@service.method
+def begin(name):
+    """Says in a file that it has begun, and answers when there is another file."""
+    (HERE / f"{name}.begun").touch()
+    while not (HERE / f"{name}.end").exists():
+        gevent.sleep(0.01)
+    return name
+
+
+@service.method(deferred=True)
+def defer(reply, name):
+    """The same, without a greenlet of its own."""
+    gevent.spawn(lambda: reply.result(begin(name)))
+
+
+@service.method
+def block():
+    """Blocks the hub, for ever."""
+    (HERE / "block.begun").touch()
+    while True:
+        sum(range(1000))
+
+
+@service.method
+def count(number):
+    """Counts how often it is called with each number, and takes a moment, as work does."""
+    ledger[number] += 1
+    gevent.sleep(0.002)
+    return number
+
+
+def wsgi(environ, start_response):
+    return []
+
+
+def make():
+    return service
+'''
+
+
+class Fleet(Program):
+    """Gunicorn, its master and its workers, from the moment on when it listens; ``with`` ends it."""
+
+    def __init__(self, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
+        super().__init__(*FORKING_PYTHON, "-m", *command, env=env)
+        places = self.line_with("Listening at: ")
+        #: Where it listens, each as a client takes it.
+        self.addresses = [
+            place if place.startswith("unix:") else place.removeprefix("http://").removeprefix("https://")
+            for place in places.partition("Listening at: ")[2].split()[0].split(",")
+        ]
+
+    def kill(self, signum: signal.Signals) -> None:
+        """Send the master a signal."""
+        os.kill(self.pid, signum)
+
+    @property
+    def children(self) -> list[int]:
+        """The processes of the workers, those that are about to end among them."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def wait_serving(self, number: int, *, but: list[int] | None = None) -> list[int]:
+        """Wait until so many workers serve, none of ``but`` among them, and no others are there; returns their pids."""
+        serving: set[int] = set()
+
+        def all_serve() -> bool:
+            children = set(self.children)
+            if len(children) != number or children & set(but or []):
+                return False
+            serving.intersection_update(children)
+            with gmprpc.Client(self.addresses[0]) as client:
+                serving.add(client.call("pid", timeout=5))
+            return serving == children
+
+        wait_until(all_serve)
+        return sorted(serving)
+
+
+def gunicorn(directory: Path, *options: str | Path, app: str | None = "app:service", **env: str) -> list[Any]:
+    """The command that runs ``app``, which is in ``directory``, in gunicorn."""
+    worker = ("-k", "gmprpc.gunicorn.Worker")
+    return ["gunicorn", *worker, "--no-control-socket", "--pythonpath", directory, *options, app]
+
+
+def serve(directory: Path, *options: str | Path, app: str = "app:service") -> list[Any]:
+    """The command that runs it in ``gmprpc serve``."""
+    return ["gmprpc", "serve", "--app-dir", directory, *options, app]
+
+
+def make_app(directory: Path) -> None:
+    """Write the application."""
+    (directory / "app.py").write_text(APP, encoding="utf-8")
+
+
+def change_app(directory: Path, before: str, after: str) -> None:
+    """Change it; what has been compiled of it must not be taken for the new one, even within the same second."""
+    path = directory / "app.py"
+    source = path.read_text(encoding="utf-8")
+    assert re.search(before, source)
+    path.write_text(re.sub(before, after, source), encoding="utf-8")
+    for compiled in (directory / "__pycache__").glob("app.*"):
+        compiled.unlink()
+
+
+def python(*arguments: str | Path) -> list[Any]:
+    """A command that ends by itself."""
+    return [sys.executable, *arguments]

@@ -1,0 +1,364 @@
+"""Several processes under a real gunicorn: what serves, what its signals do, and that nothing which came is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+import trustme
+
+import gmprpc
+from gmprpc import tls
+from tests.helpers import wait_until
+from tests.programs import DEADLINE
+
+from . import gunicorn as programs
+from .gunicorn import Fleet, change_app, make_app
+
+#: Start it: ``start(*options, app="app:service", settings="", env=None)``, ``settings`` being gunicorn's.
+Start = Callable[..., Fleet]
+
+ANY_PORT = ("-b", "127.0.0.1:0")
+
+
+@pytest.fixture
+def home(directory: Path) -> Path:
+    """Where the application is."""
+    make_app(directory)
+    return directory
+
+
+@pytest.fixture
+def start_gunicorn(home: Path) -> Iterator[Start]:
+    """Start gunicorn itself."""
+    with ExitStack() as stack:
+
+        def start(*options: Any, app: str = "app:service", settings: str = "", env: Any = None) -> Fleet:
+            return stack.enter_context(Fleet(*programs.gunicorn(home, *options, *settings.split(), app=app), env=env))
+
+        yield start
+
+
+@pytest.fixture
+def start_workers(home: Path) -> Iterator[Start]:
+    """Start `gmprpc serve --workers`."""
+    with ExitStack() as stack:
+
+        def start(*options: Any, app: str = "app:service", settings: str = "", env: Any = None) -> Fleet:
+            env = {"GUNICORN_CMD_ARGS": settings, **(env or {})}
+            return stack.enter_context(Fleet(*programs.serve(home, *options, app=app), env=env))
+
+        yield start
+
+
+@pytest.fixture(params=["gunicorn", "serve"])
+def start(request: pytest.FixtureRequest) -> Start:
+    """Start either."""
+    start: Start = request.getfixturevalue({"gunicorn": "start_gunicorn", "serve": "start_workers"}[request.param])
+    return start
+
+
+def call(fleet: Fleet, method: str, *params: Any) -> Any:
+    """One call, over a connection of its own."""
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        return client.call(method, *params, timeout=DEADLINE)
+
+
+def begin(fleet: Fleet, home: Path, method: str, name: str) -> gevent.Greenlet:
+    """A call that is at work by now, and ends when `end` says so."""
+    greenlet = gevent.spawn(call, fleet, method, name)
+    wait_until((home / f"{name}.begun").exists)
+    return greenlet
+
+
+def end(home: Path, name: str) -> None:
+    (home / f"{name}.end").touch()
+
+
+# What serves.
+
+
+def test_two_workers_serve_at_every_place(start: Start, home: Path) -> None:
+    path = home / "socket"
+    fleet = start("-w", "2", *ANY_PORT, "-b", f"unix:{path}")
+    assert len(fleet.wait_serving(2)) == 2
+    for address in fleet.addresses:
+        with gmprpc.Client(address) as client:
+            assert client.call("pid") in fleet.children
+            assert client.call("patched")
+            assert client.call("$/health") == "SERVING"
+    assert fleet.addresses[1] == f"unix:{path}"
+    fleet.terminate()
+    assert fleet.wait() == 0
+    assert not path.exists()
+
+
+def test_the_keywords_of_a_server_count_for_each_worker(start_gunicorn: Start) -> None:
+    fleet = start_gunicorn(*ANY_PORT, app="app:server")
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        assert client.call("dispatched") == ["dispatched"]
+        with pytest.raises(gmprpc.RemoteError, match="internal error"):
+            client.call("fail")
+
+
+def test_what_gunicorn_is_told_of_connections_and_tls_counts(start_gunicorn: Start, home: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(home / "ca")
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(home / "cert")
+    client_cert = authority.issue_cert("client").private_key_and_cert_chain_pem
+    client_cert.write_to_path(home / "client")
+    fleet = start_gunicorn(
+        *ANY_PORT,
+        *("--certfile", home / "cert", "--ca-certs", home / "ca", "--cert-reqs", "2"),
+        "--worker-connections=1",
+    )
+    address = fleet.addresses[0].replace("127.0.0.1", "localhost")
+
+    def connect(context: Any) -> gmprpc.Client:
+        return gmprpc.Client(address, ssl_context=context, retry_interval=None)
+
+    context = tls.client_context(home / "ca", certfile=home / "client")
+    with connect(context) as client:
+        assert client.call("pid") in fleet.children
+        with pytest.raises(gmprpc.ConnectionClosed), connect(context) as one_too_many:
+            one_too_many.call("pid")
+    with pytest.raises(gmprpc.ConnectionClosed), connect(tls.client_context(home / "ca")) as stranger:
+        stranger.call("pid")
+
+
+def test_the_options_of_serve_count_for_each_worker(start_workers: Start, home: Path) -> None:
+    path = home / "socket"
+    fleet = start_workers(
+        *("-w", "1", "-b", f"unix:{path}", "--no-patch", "--hide-errors", "--no-introspection", "--socket-mode", "600")
+    )
+    assert path.stat().st_mode & 0o777 == 0o600
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        assert not client.call("patched")
+        with pytest.raises(gmprpc.MethodNotFound):
+            client.call("$/list")
+        with pytest.raises(gmprpc.RemoteError, match="internal error"):
+            client.call("fail")
+
+
+def test_a_worker_serves_the_demo_too(home: Path) -> None:
+    with Fleet("gmprpc", "serve", "-w", "1", *ANY_PORT) as fleet:
+        assert call(fleet, "sum", 1, 2) == 3
+
+
+def test_each_worker_may_have_a_socket_of_its_own(start: Start, reserve: Callable[[], Any]) -> None:
+    host, port = reserve()
+    bind = f"{host}:{port}"
+    with_port = partial(start, "-w", "2", "-b", bind, settings="--reuse-port")
+    # Whoever reserves it has to allow others.
+    fleet = with_port()
+    fleet.addresses = [bind]
+    assert len(fleet.wait_serving(2)) == 2
+    fleet.terminate()
+    assert fleet.wait() == 0
+
+
+# What doesn't.
+
+
+def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """What became of a program that ends by itself."""
+    options = {"capture_output": True, "timeout": DEADLINE, "stdin": subprocess.DEVNULL, **options}
+    return subprocess.run(programs.python("-m", *command), encoding="utf-8", check=False, **options)
+
+
+def test_a_wsgi_application_is_refused(home: Path) -> None:
+    process = run(*programs.gunicorn(home, *ANY_PORT, app="app:wsgi"))
+    assert process.returncode == 4
+    assert "wsgi is no gmprpc.Service or gmprpc.Server" in process.stderr
+    assert "gunicorn -k gevent" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_what_cannot_be_loaded_ends_all_with_one_line_that_says_why(home: Path) -> None:
+    process = run(*programs.serve(home, "-w", "2", "-b", f"unix:{home}/socket", app="app:not_there"))
+    assert process.returncode == 3
+    assert "Error: no 'not_there' in module 'app'; what can be served there: service, server." in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (home / "socket").exists()
+
+
+def test_where_another_server_listens_it_says_so_at_once(home: Path) -> None:
+    path = home / "socket"
+    with gmprpc.Server(f"unix:{path}"):
+        process = run(*programs.serve(home, "-w", "1", *ANY_PORT, "-b", f"unix:{path}"))
+        assert process.returncode == 3
+        (line,) = process.stderr.splitlines()
+        assert f"can't listen on unix:{path}: another server listens there" in line
+        with gmprpc.Client(f"unix:{path}") as client:
+            assert client.call("$/health") == "SERVING"
+
+
+def test_gunicorn_says_what_is_wrong_with_its_arguments(home: Path) -> None:
+    process = run(
+        *programs.serve(home, "-w", "1", *ANY_PORT), env={**os.environ, "GUNICORN_CMD_ARGS": "--no-such-thing"}
+    )
+    assert process.returncode == 2
+    assert "GUNICORN_CMD_ARGS: error: unrecognized arguments: --no-such-thing" in process.stderr
+
+
+# Signals.
+
+
+def test_a_stop_answers_what_is_in_flight(start: Start, home: Path) -> None:
+    path = home / "socket"
+    fleet = start("-w", "2", "-b", f"unix:{path}")
+    calls = [begin(fleet, home, "begin", "a"), begin(fleet, home, "defer", "b")]
+    fleet.terminate()
+    wait_until(lambda: not path.exists())
+    assert not any(pending.ready() for pending in calls)
+    end(home, "a")
+    end(home, "b")
+    assert [pending.get() for pending in calls] == ["a", "b"]
+    assert fleet.wait() == 0
+
+
+def test_what_is_in_flight_for_too_long_is_cut_before_gunicorn_kills(start: Start, home: Path) -> None:
+    fleet = start("-w", "1", *ANY_PORT, "--graceful-timeout", "2")
+    pending = begin(fleet, home, "begin", "a")
+    fleet.terminate()
+    with pytest.raises(gmprpc.ConnectionClosed):
+        pending.get()
+    lines = fleet.lines()
+    assert any("1 requests were cut after" in line for line in lines), lines
+    assert fleet.wait() == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_a_quick_stop_cuts_what_is_in_flight(
+    start_gunicorn: Start, home: Path, signum: signal.Signals, is_stopping: bool
+) -> None:
+    fleet = start_gunicorn(*ANY_PORT)
+    pending = begin(fleet, home, "begin", "a")
+    if is_stopping:
+        fleet.terminate()
+        fleet.line_with("Handling signal: term")
+    fleet.kill(signum)
+    with pytest.raises(gmprpc.ConnectionClosed):
+        pending.get()
+    assert fleet.wait() == 0
+
+
+def test_workers_may_become_more_and_fewer(start: Start, home: Path) -> None:
+    fleet = start("-w", "1", *ANY_PORT)
+    (first,) = fleet.wait_serving(1)
+    pending = begin(fleet, home, "begin", "a")
+    fleet.kill(signal.SIGTTIN)
+    assert len(fleet.wait_serving(2)) == 2
+    fleet.kill(signal.SIGTTOU)  # The oldest one goes, when it has answered.
+    end(home, "a")
+    assert pending.get() == "a"
+    fleet.wait_serving(1, but=[first])
+
+
+def test_a_reload_serves_the_new_code(start: Start, home: Path) -> None:
+    fleet = start("-w", "2", *ANY_PORT, "-b", f"unix:{home}/socket")
+    old = fleet.wait_serving(2)
+    pending = begin(fleet, home, "begin", "a")
+    change_app(home, "VERSION = 1", "VERSION = 2")
+    fleet.kill(signal.SIGHUP)
+    wait_until(lambda: len(set(old) & set(fleet.children)) == 1)
+    end(home, "a")
+    assert pending.get() == "a"
+    fleet.wait_serving(2, but=old)
+    for address in fleet.addresses:  # The file of the socket is there, too.
+        with gmprpc.Client(address) as client:
+            assert client.call("version") == 2
+
+
+def test_a_worker_that_has_carried_out_enough_calls_is_replaced(start: Start) -> None:
+    fleet = start("-w", "1", *ANY_PORT, settings="--max-requests 10")
+    (first,) = fleet.wait_serving(1)
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        assert client.call("$/health") == "SERVING"
+        wait_until(lambda: client.call("pid", idempotent=True, timeout=DEADLINE) != first)
+    fleet.line_with("Autorestarting worker after 10 calls.")
+    fleet.wait_serving(1, but=[first])
+
+
+def test_a_worker_that_is_killed_takes_only_its_own_calls_with_it(start: Start, home: Path) -> None:
+    fleet = start("-w", "2", *ANY_PORT)
+    workers = fleet.wait_serving(2)
+    with ExitStack() as stack:
+        clients: dict[int, gmprpc.Client] = {}
+        while len(clients) < 2:
+            client = stack.enter_context(gmprpc.Client(fleet.addresses[0], timeout=DEADLINE))
+            clients.setdefault(client.call("pid"), client)
+        doomed, spared = (clients[worker].call_async("begin", str(worker)) for worker in workers)
+        for worker in workers:
+            wait_until((home / f"{worker}.begun").exists)
+        os.kill(workers[0], signal.SIGKILL)
+        with pytest.raises(gmprpc.ConnectionClosed) as caught:
+            doomed.get()
+        assert caught.value.sent
+        end(home, str(workers[1]))
+        assert spared.get() == str(workers[1])
+        for client in clients.values():
+            assert client.call("pid") in fleet.children
+    fleet.wait_serving(2, but=workers[:1])
+
+
+def test_a_worker_whose_hub_is_blocked_is_replaced(start: Start, home: Path) -> None:
+    fleet = start("-w", "1", *ANY_PORT, settings="--timeout 1")
+    (blocked,) = fleet.wait_serving(1)
+    pending = gevent.spawn(call, fleet, "block")
+    with pytest.raises((gmprpc.ConnectionClosed, gmprpc.RemoteError)):
+        pending.get()
+    fleet.wait_serving(1, but=[blocked])
+
+
+def test_a_worker_that_stops_shows_that_it_lives(start_gunicorn: Start, home: Path) -> None:
+    fleet = start_gunicorn(*ANY_PORT, "--timeout", "1")
+    (worker,) = fleet.wait_serving(1)
+    pending = begin(fleet, home, "begin", "a")
+    fleet.kill(signal.SIGTTIN)
+    os.kill(worker, signal.SIGTERM)
+    gevent.sleep(3)  # Three times as long as it may go without a sign of life.
+    assert worker in fleet.children
+    end(home, "a")
+    assert pending.get() == "a"
+
+
+def test_a_master_that_is_told_to_execute_itself_anew_hands_its_sockets_on(start: Start, home: Path) -> None:
+    path = home / "socket"
+    fleet = start("-w", "1", "-b", f"unix:{path}")
+    (old,) = fleet.wait_serving(1)
+    fleet.kill(signal.SIGUSR2)
+    fleet.line_with("Listening at: ")
+    wait_until(lambda: len(fleet.children) == 2)
+    (master,) = set(fleet.children) - {old}
+    wait_until(lambda: call(fleet, "pid") != old)
+    fleet.terminate()
+    wait_until(fleet.has_ended)
+    assert path.exists()
+    assert call(fleet, "pid") != old
+    fleet.line_with("Master has been promoted.")
+    os.kill(master, signal.SIGTERM)
+    fleet.lines()
+    wait_until(lambda: not path.exists())
+
+
+@pytest.mark.parametrize("stage", ["booting", "importing"])
+def test_a_stop_while_workers_start_is_a_good_end(start: Start, home: Path, stage: str) -> None:
+    change_app(home, "VERSION = 1", "time.sleep(60)")
+    path = home / "socket"
+    fleet = start("-w", "2", "-b", f"unix:{path}")
+    fleet.line_with("Booting worker")
+    if stage == "importing":
+        gevent.sleep(1)
+    fleet.terminate()
+    assert fleet.wait() == 0
+    assert not path.exists()
