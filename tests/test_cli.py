@@ -204,7 +204,9 @@ def test_what_to_type_next_names_an_address_that_can_be_called(wildcard: str, sh
         assert f" call {shown}" in served.expect(" call ")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["call"], ["notify"], ["list"], ["describe"], ["health"]])
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["call"], ["notify"], ["list"], ["describe"], ["health"], ["bench"]]
+)
 def test_help_fits_and_is_no_error(command: list[str]) -> None:
     process = run(*command, "--help")
     assert (process.returncode, process.stderr) == (0, "")

@@ -37,6 +37,7 @@ FLOORS: dict[str, int] = {
     "threads": 5,
     "requests": 4,
     "entrance": 4,
+    "bench": 3,
     "calls": 3,
     "acceptor": 3,
     "admin": 4,

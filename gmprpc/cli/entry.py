@@ -12,6 +12,7 @@ from gevent.hub import Hub
 
 from gmprpc.transport import parse_address
 
+from .bench import bench
 from .call import call, notify
 from .exits import ExitCode, Misuse
 from .inspection import describe, health, list_
@@ -77,3 +78,4 @@ main.add_command(notify)
 main.add_command(list_)
 main.add_command(describe)
 main.add_command(health)
+main.add_command(bench)

@@ -26,23 +26,31 @@ lacks, in parameters and in results:
 """
 
 
-def request(command: C) -> C:
-    """Give ``command`` the options and arguments that say where and what to call."""
-    for decorate in (  # From the innermost outwards: arguments are taken in the opposite order.
-        click.argument("params", nargs=-1, type=click.UNPROCESSED),
-        click.argument("method"),
-        click.argument("address", type=parameters.address),
-        click.option("-d", "--data", metavar="JSON|@FILE|@-", help="All params at once, as a JSON array."),
-        click.option(
-            "--connect-timeout",
-            type=parameters.seconds,
-            default=10.0,
-            metavar="SECONDS",
-            help="Time to resolve the name and to connect.",
-        ),
-    ):
-        command = decorate(command)
-    return command
+def request_with(*data_names: str) -> Callable[[C], C]:
+    """Gives a command the options and arguments that say where and what to call; --data goes by ``data_names``."""
+
+    def decorate(command: C) -> C:
+        for add in (  # From the innermost outwards: arguments are taken in the opposite order.
+            click.argument("params", nargs=-1, type=click.UNPROCESSED),
+            click.argument("method"),
+            click.argument("address", type=parameters.address),
+            click.option(*data_names, metavar="JSON|@FILE|@-", help="All params at once, as a JSON array."),
+            click.option(
+                "--connect-timeout",
+                type=parameters.seconds,
+                default=10.0,
+                metavar="SECONDS",
+                help="Time to resolve the name and to connect.",
+            ),
+        ):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+#: What commands have that make one request.
+request = request_with("-d", "--data")
 
 
 def values_of(method: str, params: Sequence[str], data: str | None) -> list[Any]:
