@@ -11,7 +11,7 @@ from .discovery import discovery_of
 from .endpoints import Endpoint
 from .errand import Errand
 from .exceptions import CallTimeout, ConnectionClosed
-from .metrics import Counters
+from .metrics import Counters, Statistics
 from .options import DEFAULT, check_timeout
 from .perhub import PerHub
 from .pool import GAUGES, EndpointStatus, Pool, Settings
@@ -169,8 +169,8 @@ class Balancer:
         for pool in pools:
             pool.close_from_any_thread()
 
-    def statistics(self) -> dict[str, int]:
-        """What happened since the balancer was made, and how much is going on now, in all threads.
+    def statistics(self) -> Statistics:
+        """What happened since the balancer was made, and how much is going on now, in all threads: one snapshot.
 
         What a :class:`~gmprpc.Client` counts, of all endpoints together; and ``endpoints``, ``usable_endpoints``,
         ``ejections``, ``probes``, ``failed_probes``, ``moved_calls`` (sent, or to be sent, to another endpoint after
@@ -182,7 +182,7 @@ class Balancer:
         for pool in [*self._closing, *self._pools.all()]:
             if not pool.is_over:
                 statistics.update(pool.statistics())
-        return dict(statistics)
+        return Statistics(statistics)
 
     @property
     def endpoints(self) -> list[EndpointStatus]:

@@ -17,7 +17,7 @@ from .dialing import connect
 from .exceptions import CallTimeout, ConnectFailed, ConnectionClosed
 from .link import Link
 from .log import log
-from .metrics import Counters
+from .metrics import Counters, Statistics
 from .options import (
     CLIENT_MAX_MESSAGE_SIZE,
     CONNECT_TIMEOUT,
@@ -309,16 +309,22 @@ class Client:
         """The connection that this thread has, or the last one that it had."""
         return self._links.get().connection
 
-    def statistics(self) -> dict[str, int]:
-        """What happened since the client was made, and how much is going on now; see :class:`Counters`."""
+    def statistics(self) -> Statistics:
+        """What happened since the client was made, and how much is going on now: one snapshot, which can't be changed.
+
+        What :class:`Counters` counts, and now, in all threads: ``open_connections``, ``pending`` (calls that wait for
+        their answers), ``in_flight`` (calls of the server that are at work) and ``unsent_size`` (bytes that wait to be
+        sent).
+        """
         links = self._links.all()
         connections = [connection for link in links for connection in link.connections]
-        return {
-            **self._counters.snapshot(),
-            "open_connections": sum(connection.is_open for connection in connections),
-            "in_flight": sum(connection.in_flight for connection in connections),
-            "pending": sum(link.pending for link in links),
-        }
+        return Statistics(
+            self._counters.snapshot(),
+            open_connections=sum(connection.is_open for connection in connections),
+            in_flight=sum(connection.in_flight for connection in connections),
+            pending=sum(link.pending for link in links),
+            unsent_size=sum(connection.unsent_size for connection in connections),
+        )
 
     def __enter__(self) -> Self:
         return self.connect()

@@ -6,6 +6,7 @@ Only what is out of the ordinary is counted as it happens, so that an ordinary c
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, NoReturn
 
 
 @dataclass(slots=True)
@@ -49,3 +50,22 @@ class Counters:
     def snapshot(self) -> dict[str, int]:
         """The counters as they are now."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Statistics(dict[str, int]):
+    """Numbers by their names, as they were at one moment: they don't change, and can't be changed.
+
+    Still a dict, and not a view of one, so that they can be packed, written as JSON and sent to whoever asks.
+    """
+
+    __slots__ = ()
+
+    def _refuse(self, *_args: Any, **_options: Any) -> NoReturn:
+        raise TypeError("statistics can't be changed: make a dict of them")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[Statistics], tuple[dict[str, int]]]:
+        # As it is it would be made empty first, and filled then.
+        return Statistics, (dict(self),)

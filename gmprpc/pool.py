@@ -44,7 +44,7 @@ _MIN_LOOK_UP_INTERVAL = 1.0
 # They are asked for again and again, while that fails, for so long after the last call. Picked arbitrarily.
 _LOOK_UP_TIME = 30.0
 # Those of the statistics that tell of the moment; what the others have counted remains when a client is closed.
-GAUGES = ("open_connections", "in_flight", "pending", "endpoints", "usable_endpoints")
+GAUGES = ("open_connections", "in_flight", "pending", "unsent_size", "endpoints", "usable_endpoints")
 
 
 @dataclass(frozen=True, slots=True)

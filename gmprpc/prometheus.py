@@ -76,6 +76,7 @@ _OF_SERVERS: Final[Mapping[str, Family]] = {
     "is_serving": Family(_SERVING, "Servers that answer SERVING to $/health.", is_gauge=True),
     "in_flight": Family("gmprpc_calls_in_flight", "Calls at work, or not sent their answer yet.", is_gauge=True),
     "open_connections": Family("gmprpc_open_connections", "Connections that are open.", is_gauge=True),
+    "unsent_size": Family("gmprpc_unsent_bytes", "Bytes that wait to be sent.", is_gauge=True),
     **{
         name: Family(f"gmprpc_{name}", _HELP.get(name) or f"{name.replace('_', ' ').capitalize()}.")
         for name in Counters().snapshot()
@@ -85,6 +86,7 @@ _OF_SERVERS: Final[Mapping[str, Family]] = {
 _OF_CLIENTS: Final[Mapping[str, Family]] = {
     "pending": Family("gmprpc_client_pending_calls", "Calls that wait for their answers.", is_gauge=True),
     "open_connections": Family("gmprpc_client_open_connections", "Connections that are open.", is_gauge=True),
+    "unsent_size": Family("gmprpc_client_unsent_bytes", "Bytes that wait to be sent.", is_gauge=True),
     "connections": Family("gmprpc_client_connections", "Connections made."),
     "failed_connections": Family("gmprpc_client_failed_connections", "Connections lost, reset or not MessagePack-RPC."),
     "protocol_errors": Family("gmprpc_client_protocol_errors", "Connections whose server broke the protocol."),

@@ -23,7 +23,7 @@ from .entrance import Entrance
 from .expiry import expiring
 from .log import log
 from .methods import Handler, MethodTable, Wrapper
-from .metrics import Counters
+from .metrics import Counters, Statistics
 from .observing import Observer, Observing
 from .options import (
     HANDSHAKE_TIMEOUT,
@@ -269,14 +269,21 @@ class Server(Registry):
         """The connections that are live now."""
         return frozenset(self._connections.values())
 
-    def statistics(self) -> dict[str, int]:
-        """What happened since the server was made, and how much is going on now; see :class:`Counters`."""
-        return {
-            **self._counters.snapshot(),
-            "open_connections": len(self._connections),
-            # Of a copy, which is made at once: whoever asks may be another thread.
-            "in_flight": sum(connection.in_flight for connection in [*self._connections.values()]),
-        }
+    def statistics(self) -> Statistics:
+        """What happened since the server was made, and how much is going on now: one snapshot, which can't be changed.
+
+        What :class:`Counters` counts, and of the connections that are open now: ``open_connections``, ``in_flight``
+        (calls at work, or answered and the answer not sent yet), ``pending`` (calls to the clients that wait for their
+        answers) and ``unsent_size`` (bytes that wait to be sent). May be called in any thread.
+        """
+        connections = [*self._connections.values()]  # A copy, which is made at once.
+        return Statistics(
+            self._counters.snapshot(),
+            open_connections=len(connections),
+            in_flight=sum(connection.in_flight for connection in connections),
+            pending=sum(connection.pending for connection in connections),
+            unsent_size=sum(connection.unsent_size for connection in connections),
+        )
 
     def add_observer(self, observer: Observer) -> None:
         """Have ``observer``, too, told of every call from now on.

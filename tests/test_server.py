@@ -336,6 +336,32 @@ def test_bytes_are_counted_where_that_is_asked_for(service: gmprpc.Service) -> N
         assert server.statistics()["sent_bytes"] == 2 * len(answer) + len(msgpack.packb([1, 0, None, None]))
 
 
+def test_statistics_tell_what_waits_to_be_answered_and_to_be_sent(
+    service: gmprpc.Service, server: gmprpc.Server, peer: Peer
+) -> None:
+    @service.method
+    def ask() -> None:
+        gmprpc.current_call().connection.call_async("what?")
+
+    @service.method
+    def large() -> str:
+        return "x" * 10_000_000
+
+    peer.send([0, 1, "ask", []])
+    assert sorted((peer.receive(), peer.receive())) == [[0, 0, "what?", []], [1, 1, None, None]]
+    before = server.statistics()
+    assert (before["pending"], before["unsent_size"]) == (1, 0)
+    peer.send([0, 2, "large", []])
+    wait_until(lambda: server.statistics()["unsent_size"])
+    peer.receive()
+    peer.send([1, 0, None, "this"])
+    wait_until(lambda: server.statistics()["pending"] == 0)
+    assert server.statistics()["unsent_size"] == 0
+    assert (before["pending"], before["unsent_size"]) == (1, 0)
+    with pytest.raises(TypeError):
+        before["pending"] = 0
+
+
 def serve_once_more(server: gmprpc.Server, method: str = "echo", *params: Any) -> None:
     with Peer.connect(server.address) as peer:
         peer.call(method, *params)
