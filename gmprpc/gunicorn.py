@@ -27,6 +27,7 @@ from .methods import RESERVED_PREFIX
 from .observing import Observer
 from .server import Server
 from .service import Service
+from .stacks import dump
 from .tls import server_context
 
 #: How long before gunicorn kills a worker that has been told to stop it cuts what it still has, in seconds: then its
@@ -196,7 +197,8 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
         self.server.stop(0)  # Cuts short one that waits.
 
     def handle_usr1(self, sig: int, frame: Any) -> None:
-        """SIGUSR1: open the files of the log anew."""
+        """SIGUSR1: open the files of the log anew, and show on standard error what every greenlet is doing."""
+        dump()
         gevent.spawn(self.log.reopen_files)
 
     def handle_abort(self, sig: int, frame: Any) -> None:

@@ -108,11 +108,37 @@ def make():
 '''
 
 
-class Fleet(Program):
-    """Gunicorn, its master and its workers, from the moment on when it listens; ``with`` ends it."""
+#: Starts a program as systemd does whose unit has a socket at any port, and one at the path that it is given.
+ACTIVATE = """
+import os
+import socket
+import sys
 
-    def __init__(self, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
-        super().__init__(*FORKING_PYTHON, "-m", *command, env=env)
+path, *command = sys.argv[1:]
+for number, (family, address) in enumerate([(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, path)], 3):
+    listener = socket.socket(family)
+    listener.bind(address)
+    listener.listen()
+    if listener.fileno() != number:
+        os.dup2(listener.detach(), number)
+    os.set_inheritable(number, True)
+    listener.detach()
+os.environ |= {"LISTEN_FDS": "2", "LISTEN_PID": str(os.getpid())}
+os.execv(command[0], command)
+"""
+
+
+class Fleet(Program):
+    """Gunicorn, its master and its workers, from the moment on when it listens; ``with`` ends it.
+
+    With ``activated``, the path of a unix socket, the sockets that it listens at are opened for it.
+    """
+
+    def __init__(
+        self, *command: str | Path, env: Mapping[str, str] | None = None, activated: Path | None = None
+    ) -> None:
+        activate = () if activated is None else (sys.executable, "-c", ACTIVATE, activated)
+        super().__init__(*activate, *FORKING_PYTHON, "-m", *command, env=env)
         places = self.line_with("Listening at: ")
         #: Where it listens, each as a client takes it.
         self.addresses = [
@@ -146,7 +172,7 @@ class Fleet(Program):
         return sorted(serving)
 
 
-def gunicorn(directory: Path, *options: str | Path, app: str | None = "app:service", **env: str) -> list[Any]:
+def gunicorn(directory: Path, *options: str | Path, app: str = "app:service") -> list[Any]:
     """The command that runs ``app``, which is in ``directory``, in gunicorn."""
     worker = ("-k", "gmprpc.gunicorn.Worker")
     return ["gunicorn", *worker, "--no-control-socket", "--pythonpath", directory, *options, app]

@@ -7,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tests.programs import DEADLINE
 from . import gunicorn as programs
 from .gunicorn import Fleet, change_app, make_app
 
-#: Start it: ``start(*options, app="app:service", settings="", env=None)``, ``settings`` being gunicorn's.
+#: Start it: ``start(*options, app="app:service", settings="", activated=None)``, ``settings`` being gunicorn's.
 Start = Callable[..., Fleet]
 
 ANY_PORT = ("-b", "127.0.0.1:0")
@@ -41,8 +40,8 @@ def start_gunicorn(home: Path) -> Iterator[Start]:
     """Start gunicorn itself."""
     with ExitStack() as stack:
 
-        def start(*options: Any, app: str = "app:service", settings: str = "", env: Any = None) -> Fleet:
-            return stack.enter_context(Fleet(*programs.gunicorn(home, *options, *settings.split(), app=app), env=env))
+        def start(*options: Any, app: str = "app:service", settings: str = "", **how: Any) -> Fleet:
+            return stack.enter_context(Fleet(*programs.gunicorn(home, *options, *settings.split(), app=app), **how))
 
         yield start
 
@@ -52,9 +51,9 @@ def start_workers(home: Path) -> Iterator[Start]:
     """Start `gmprpc serve --workers`."""
     with ExitStack() as stack:
 
-        def start(*options: Any, app: str = "app:service", settings: str = "", env: Any = None) -> Fleet:
-            env = {"GUNICORN_CMD_ARGS": settings, **(env or {})}
-            return stack.enter_context(Fleet(*programs.serve(home, *options, app=app), env=env))
+        def start(*options: Any, app: str = "app:service", settings: str = "", **how: Any) -> Fleet:
+            env = {"GUNICORN_CMD_ARGS": settings}
+            return stack.enter_context(Fleet(*programs.serve(home, *options, app=app), env=env, **how))
 
         yield start
 
@@ -154,15 +153,35 @@ def test_a_worker_serves_the_demo_too(home: Path) -> None:
 
 
 def test_each_worker_may_have_a_socket_of_its_own(start: Start, reserve: Callable[[], Any]) -> None:
-    host, port = reserve()
-    bind = f"{host}:{port}"
-    with_port = partial(start, "-w", "2", "-b", bind, settings="--reuse-port")
-    # Whoever reserves it has to allow others.
-    fleet = with_port()
-    fleet.addresses = [bind]
+    address = "{}:{}".format(*reserve())
+    fleet = start("-w", "2", "-b", address, settings="--reuse-port")
+    fleet.addresses = [address]  # The master listens nowhere.
     assert len(fleet.wait_serving(2)) == 2
     fleet.terminate()
     assert fleet.wait() == 0
+
+
+def test_the_sockets_of_systemd_are_served(start: Start, home: Path) -> None:
+    path = home / "socket"
+    fleet = start("-w", "2", activated=path)
+    assert [address.split(":")[0] for address in fleet.addresses] == ["127.0.0.1", "unix"]
+    for _ in range(2):
+        fleet.wait_serving(2)
+        for address in fleet.addresses:
+            with gmprpc.Client(address) as client:
+                assert client.call("version") == 1
+        fleet.kill(signal.SIGHUP)
+    fleet.terminate()
+    assert fleet.wait() == 0
+    assert path.exists()  # It is systemd's.
+
+
+def test_the_sockets_of_systemd_may_be_named_with_others(start_workers: Start, home: Path) -> None:
+    fleet = start_workers("-w", "1", *("-b", "fd://4", "-b", "fd://3", *ANY_PORT), activated=home / "socket")
+    assert len(fleet.addresses) == 3
+    for address in fleet.addresses:
+        with gmprpc.Client(address) as client:
+            assert client.call("version") == 1
 
 
 # What doesn't.
@@ -210,6 +229,15 @@ def test_gunicorn_says_what_is_wrong_with_its_arguments(home: Path) -> None:
 
 
 # Signals.
+
+
+def test_a_signal_shows_what_each_worker_is_at_work_on(start: Start, home: Path) -> None:
+    fleet = start("-w", "1", *ANY_PORT)
+    pending = begin(fleet, home, "begin", "a")
+    fleet.kill(signal.SIGUSR1)
+    fleet.line_with("request 0 of begin")
+    end(home, "a")
+    assert pending.get() == "a"
 
 
 def test_a_stop_answers_what_is_in_flight(start: Start, home: Path) -> None:
