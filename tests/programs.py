@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -27,7 +27,9 @@ class Program:
     child of the process, those of other tests too.)
     """
 
-    def __init__(self, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *command: str | Path, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
+    ) -> None:
         self.command = " ".join(map(str, command))
         reading, writing = os.pipe()
         try:
@@ -37,6 +39,7 @@ class Program:
                 stdout=writing,
                 stderr=subprocess.STDOUT,
                 env=None if env is None else {**os.environ, **env},
+                pass_fds=pass_fds,
             )
         except BaseException:
             os.close(reading)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gevent
 from gevent import socket
@@ -15,6 +18,21 @@ EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "haproxy.cfg"
 
 # Where a configuration has the socket that is asked.
 _ADMIN_SOCKET = "/run/haproxy/admin.sock"
+
+
+def configuration(bind: tuple[str, int], servers: Mapping[str, Any]) -> str:
+    """The example, with addresses of this test's own; of its servers only those are left that are among ``servers``."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    text, binds = re.subn(r"bind 0\.0\.0\.0:4423", "bind {}:{}".format(*bind), text)
+    assert binds == 1
+
+    def server(match: re.Match[str]) -> str:
+        name = match[1]
+        return "server {} {}:{}".format(name, *servers[name]) if name in servers else ""
+
+    text, count = re.subn(r"\bserver (\w+) 10\.0\.0\.\d:4423", server, text)
+    assert count == 3
+    return text
 
 
 class HAProxy(Program):

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import gevent
 import pytest
 
 import gmprpc
 from tests.helpers import Peer, wait_until
 
-from .haproxy import EXAMPLE, HAProxy
+from .haproxy import HAProxy, configuration
 
 Address = tuple[str, int]
-
-
-def configuration(bind: Address, servers: Mapping[str, Any]) -> str:
-    """The example, with addresses of this test's own; of its servers only those are left that are among ``servers``."""
-    text = EXAMPLE.read_text(encoding="utf-8")
-    text, binds = re.subn(r"bind 0\.0\.0\.0:4423", "bind {}:{}".format(*bind), text)
-    assert binds == 1
-
-    def server(match: re.Match[str]) -> str:
-        name = match[1]
-        return "server {} {}:{}".format(name, *servers[name]) if name in servers else ""
-
-    text, count = re.subn(r"\bserver (\w+) 10\.0\.0\.\d:4423", server, text)
-    assert count == 3
-    return text
 
 
 @pytest.fixture
@@ -80,6 +65,21 @@ def test_the_health_check_is_passed_by_a_server_that_serves_and_by_no_other(
         assert early.call("echo", 3) == 3
         servers["a"].is_healthy = True
         haproxy.wait_for(a="UP")
+
+
+def test_a_server_that_is_about_to_stop_gets_no_new_connection_and_serves_those_that_it_has(
+    haproxy: HAProxy, servers: Mapping[str, gmprpc.Server], address: Address
+) -> None:
+    with gmprpc.Client(address) as one, gmprpc.Client(address) as other:
+        wait_until(lambda: [len(server.connections) for server in servers.values()] == [1, 1])
+        stopping = gevent.spawn(servers["a"].stop, drain_delay=60)
+        haproxy.wait_for(a="DOWN", b="UP")
+        for number in range(3):
+            with gmprpc.Client(address) as client:
+                assert client.call("echo", number) == number
+                assert one.call("echo", number) == other.call("echo", number) == number
+        assert not stopping.ready()
+        servers["a"].stop(drain_delay=0)  # Now.
 
 
 def test_a_server_knows_who_its_clients_are(haproxy: HAProxy, service: gmprpc.Service, address: Address) -> None:
