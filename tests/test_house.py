@@ -42,6 +42,7 @@ FLOORS: dict[str, int] = {
     "acceptor": 3,
     "admin": 4,
     "prometheus": 8,
+    "workermetrics": 3,
     "sharedmetrics": 0,
     "heartbeat": 3,
     "dialing": 3,
