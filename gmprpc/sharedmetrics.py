@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from prometheus_client import mmap_dict, multiprocess
+from prometheus_client import mmap_dict, multiprocess, values
 from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 # Their methods have no annotations.
 _MultiProcessCollector: Any = multiprocess.MultiProcessCollector
@@ -30,6 +31,8 @@ _FILE = re.compile(r"(?P<kind>counter|histogram|summary|gauge_live\w+)_(?P<pid>[
 # What processes have counted that have ended is summed up in the file of this one, which there isn't.
 _PAST = 0
 _LOCK = "gmprpc.lock"
+# That of gauges: the sum of what they are in the processes that live.
+_MODE = "livesum"
 
 
 def shared_directory() -> Path | None:
@@ -51,11 +54,61 @@ class SharedCollector:
             return list(_MultiProcessCollector(None, str(self._directory)).collect())
 
 
+class Relay:
+    """Copies what ``collector`` tells of this process to where the others can read it.
+
+    To write each number there as it changes would take long. So what a process has counted since it was copied last is
+    lost if it is killed.
+    """
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._copies: dict[tuple[str, ...], Any] = {}
+        self._counted: dict[tuple[str, ...], float] = {}
+
+    def refresh(self) -> None:
+        """Bring the copies up to date."""
+        for metric in self._collector.collect():
+            below = 0.0
+            for name, labels, value, *_ in metric.samples:
+                if metric.type == "gauge":
+                    self._copy_of(metric, name, labels).set(value)
+                elif name.endswith("_bucket"):
+                    self._count(metric, name, labels, value - below)  # There each has only its own.
+                    below = value
+                elif metric.type == "histogram" and name.endswith("_count"):
+                    below = 0.0  # The sum of the buckets. The next ones have other labels.
+                else:
+                    self._count(metric, name, labels, value)
+
+    def _count(self, metric: Metric, name: str, labels: dict[str, str], value: float) -> None:
+        key = (name, *labels.values())
+        # Never less than nothing: threads may lose a count between them, and others take it for a new beginning.
+        if (more := value - self._counted.get(key, 0)) > 0:
+            self._copy_of(metric, name, labels).inc(more)
+            self._counted[key] = value
+
+    def _copy_of(self, metric: Metric, name: str, labels: dict[str, str]) -> Any:
+        key = (name, *labels.values())
+        if (copy := self._copies.get(key)) is None:
+            # What the metrics of prometheus_client have their values in.
+            copy = self._copies[key] = values.ValueClass(
+                metric.type,
+                metric.name,
+                name,
+                [*labels],
+                [*labels.values()],
+                metric.documentation,
+                multiprocess_mode=_MODE,
+            )
+        return copy
+
+
 def sum_of_live(directory: Path, name: str) -> float:
     """What the gauge ``name``, of the mode ``livesum`` and without labels, is in all processes that live."""
     tidy_up(directory)
     with _locked(directory, fcntl.LOCK_SH):
-        metrics: Iterable[Metric] = _MultiProcessCollector.merge(map(str, directory.glob("gauge_livesum_*.db")))
+        metrics: Iterable[Metric] = _MultiProcessCollector.merge(map(str, directory.glob(f"gauge_{_MODE}_*.db")))
     return sum(sample.value for metric in metrics if metric.name == name for sample in metric.samples)
 
 
@@ -104,10 +157,10 @@ def _add_to_past(past: Path, files: Iterable[Path]) -> None:
                 sums[key] += value
     new = past.with_suffix(".new")
     new.unlink(missing_ok=True)
-    values = _MmapedDict(str(new))
+    written = _MmapedDict(str(new))
     for key, value in sums.items():
-        values.write_value(key, value, 0.0)
-    values.close()
+        written.write_value(key, value, 0.0)
+    written.close()
     new.replace(past)
 
 

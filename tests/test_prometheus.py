@@ -265,17 +265,6 @@ def test_every_number_that_is_told_is_one_of_the_statistics(server: gmprpc.Serve
     assert of_balancers <= {*prometheus._OF_CLIENTS, "in_flight"}
 
 
-def test_what_is_copied_for_other_processes_never_goes_down(registry: CollectorRegistry) -> None:
-    things = {"things": 0}
-    source = prometheus.Source({"things": prometheus.Family("things", "Things.")})
-    source.add(lambda: things)
-    relay = prometheus._Relay(source, registry)
-    for told, shown in [(3, 3), (5, 5), (4, 5), (5, 5), (6, 6)]:
-        things["things"] = told
-        relay.refresh()
-        assert registry.get_sample_value("things_total") == shown
-
-
 # Over HTTP.
 
 

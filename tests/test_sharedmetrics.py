@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, values
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from gmprpc.sharedmetrics import VARIABLE, SharedCollector, shared_directory, sum_of_live, tidy_up
+from gmprpc.sharedmetrics import VARIABLE, Relay, SharedCollector, shared_directory, sum_of_live, tidy_up
 
 from .programs import Program
 
@@ -131,6 +132,61 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     tidy_up(tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+# What is copied there.
+
+
+class Told:
+    """A collector of what the test says."""
+
+    def __init__(self) -> None:
+        self.things = 0
+        self.buckets = [0, 0]
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("things", "Things.", self.things)
+        yield GaugeMetricFamily("level", "Level.", self.things)
+        seconds = HistogramMetricFamily("seconds", "Seconds.", labels=["method"])
+        for method in ("add", "sub"):
+            buckets = [("0.5", self.buckets[0]), ("+Inf", sum(self.buckets))]
+            seconds.add_metric([method], buckets, 10.0 * self.buckets[1])
+        yield seconds
+
+
+@pytest.fixture
+def relayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Told, Relay]:
+    """What is told, and what copies it."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    # As if it had been set before anything was imported.
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    told = Told()
+    return told, Relay(told)
+
+
+def test_what_is_copied_is_what_is_told(tmp_path: Path, relayed: tuple[Told, Relay]) -> None:
+    this, relay = relayed
+    relay.refresh()
+    assert told(tmp_path)["level"] == 0
+    for this.things, this.buckets in [(3, [1, 2]), (5, [1, 3]), (5, [2, 3])]:
+        relay.refresh()
+        first, second = map(float, this.buckets)
+        assert told(tmp_path) == {
+            "things_total": this.things,
+            "level": this.things,
+            **{f"seconds_bucket,{method},0.5": first for method in ("add", "sub")},
+            **{f"seconds_bucket,{method},+Inf": first + second for method in ("add", "sub")},
+            **{f"seconds_count,{method}": first + second for method in ("add", "sub")},
+            **{f"seconds_sum,{method}": 10 * second for method in ("add", "sub")},
+        }
+
+
+def test_what_is_copied_never_goes_down_unless_it_may(tmp_path: Path, relayed: tuple[Told, Relay]) -> None:
+    this, relay = relayed
+    for this.things, shown in [(3, 3), (5, 5), (4, 5), (5, 5), (6, 6)]:
+        relay.refresh()
+        assert told(tmp_path)["things_total"] == shown
+        assert told(tmp_path)["level"] == this.things
 
 
 def test_the_directory_is_the_one_of_prometheus_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
