@@ -19,12 +19,16 @@ import gevent
 from gevent import hub, monkey, socket
 from gevent.event import Event
 from gunicorn.errors import AppImportError
+from gunicorn.glogging import Logger
 from gunicorn.workers import base
 
+from .accesslog import AccessLog
+from .accesslog import logger as access_logger
 from .connection import Call
 from .exceptions import ErrorResponse
 from .methods import RESERVED_PREFIX
 from .observing import Observer
+from .proxyprotocol import UNIX
 from .server import Server
 from .service import Service
 from .stacks import dump
@@ -37,6 +41,9 @@ KILL_MARGIN = 1.0
 # A sign of life is due every half of gunicorn's `timeout`; this is how often its own gevent worker gives one.
 _HEARTBEAT = 1.0
 
+# That of gunicorn's other lines.
+_FORMAT = Logger.error_fmt, Logger.datefmt
+
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -45,10 +52,13 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     A server's keywords count for each worker; where it listens is what gunicorn says. So do of gunicorn's settings:
 
-    * ``graceful_timeout``: what calls in flight are given when the worker has to stop, in place of ``stop_timeout``;
+    * ``graceful_timeout``: what a worker is given to stop, in place of ``stop_timeout``: the ``drain_delay`` is part of
+      it, and what is in flight is cut a second before;
     * ``worker_connections``: the most connections in each worker, unless ``max_connections`` is lower;
     * ``certfile``, ``keyfile``, ``ca_certs``, ``cert_reqs``, ``ciphers``, ``ssl_context``: TLS, in place of the
       server's own ``ssl_context``;
+    * ``proxy_protocol``, ``proxy_allow_ips``: for a service; a server has keywords of its own for that;
+    * ``accesslog``: a line for each call, in the form of :class:`gmprpc.AccessLog`;
     * ``max_requests``, ``max_requests_jitter``: how many calls a worker carries out before another takes its place;
     * ``timeout``: a worker whose hub is blocked for that long, by a handler that computes, is killed.
 
@@ -115,7 +125,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     def _server_of(self, app: Any) -> Server:
         if isinstance(app, Service):
-            app = Server(None, app)
+            app = Server(None, app, **_proxies_of(self.cfg))
         if not isinstance(app, Server):
             kind = getattr(app, "__name__", type(app).__name__)
             raise AppImportError(
@@ -128,6 +138,8 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
             app.max_accept = 1  # Connections live long: no worker should be quicker and take all that come together.
         if self.cfg.is_ssl:
             app.ssl_context = _ssl_context_of(self.cfg)
+        if self.cfg.accesslog is not None:
+            app.add_observer(AccessLog())
         if self.cfg.max_requests:
             app.add_observer(_CallLimit(self))
         return app
@@ -148,9 +160,9 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
         if self.aborted:
             sys.exit(1)
         if not self._is_urgent:
-            self.server.stop(max(self.cfg.graceful_timeout - KILL_MARGIN, 0))
+            self.server.stop(max(self.cfg.graceful_timeout - self.server.drain_delay - KILL_MARGIN, 0))
         if self._is_urgent:  # From the beginning, or by now.
-            self.server.stop(0)
+            self.server.stop(0, drain_delay=0)
         watcher.close()
         heartbeat.kill()
 
@@ -194,7 +206,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
     def _quit(self) -> None:
         self._is_urgent = True
         self.cfg.worker_int(self)
-        self.server.stop(0)  # Cuts short one that waits.
+        self.server.stop(0, drain_delay=0)  # Cuts short one that waits.
 
     def handle_usr1(self, sig: int, frame: Any) -> None:
         """SIGUSR1: open the files of the log anew, and show on standard error what every greenlet is doing."""
@@ -255,9 +267,24 @@ def _ssl_context_of(cfg: Any) -> ssl.SSLContext:
     return context
 
 
+def _proxies_of(cfg: Any) -> dict[str, Any]:
+    """The keywords of a server that say who is believed about its clients."""
+    allowed = ["0.0.0.0/0", "::/0"] if "*" in cfg.proxy_allow_ips else cfg.proxy_allow_ips
+    # Whoever may connect to a unix socket has been allowed to by the rights of its file.
+    return {"proxy_protocol": cfg.proxy_protocol, "proxy_allow_from": [*allowed, UNIX]}
+
+
 def _log_as_gunicorn_does() -> None:
     """Have gmprpc log where gunicorn does, unless the application has said where."""
     ours, theirs = logging.getLogger("gmprpc"), logging.getLogger("gunicorn.error")
-    if not ours.hasHandlers():
-        ours.handlers = [*theirs.handlers]
-        ours.setLevel(theirs.level)
+    if ours.hasHandlers():
+        return
+    ours.handlers = [*theirs.handlers]
+    ours.setLevel(theirs.level)
+    accesses = logging.getLogger("gunicorn.access").handlers
+    if accesses:
+        access_logger.handlers = [*accesses]
+        access_logger.setLevel(logging.INFO)
+        access_logger.propagate = False
+        for handler in accesses:  # A line of gunicorn's own would have the time in it.
+            handler.setFormatter(logging.Formatter(*_FORMAT))

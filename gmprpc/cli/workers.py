@@ -46,6 +46,7 @@ def serve_in_workers(
         {
             "logger_class": _logger_of(settings),
             "loglevel": settings["log_level"],
+            "accesslog": None,
             "worker_class": Worker if patches else _UnpatchedWorker,
             "workers": number,
             "worker_connections": settings["max_connections"],

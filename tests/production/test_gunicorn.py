@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import trustme
 
 import gmprpc
 from gmprpc import tls
-from tests.helpers import wait_until
+from tests.helpers import Peer, wait_until
 from tests.programs import DEADLINE
 
 from . import gunicorn as programs
@@ -133,11 +135,22 @@ def test_what_gunicorn_is_told_of_connections_and_tls_counts(start_gunicorn: Sta
         stranger.call("pid")
 
 
+def test_what_gunicorn_is_told_of_proxies_and_its_log_counts(start_gunicorn: Start) -> None:
+    fleet = start_gunicorn(*ANY_PORT, "--proxy-protocol", "v1", "--access-logfile", "-", "--error-logfile", "-")
+    host, port = fleet.addresses[0].split(":")
+    with Peer.connect((host, int(port))) as peer:
+        peer.send_bytes(b"PROXY TCP4 192.0.2.1 192.0.2.2 1234 4423\r\n")
+        assert peer.call("version") == [1, 0, None, 1]
+    assert re.fullmatch(r"\[.+\] \[\d+\] \[INFO\] 192\.0\.2\.1:1234 version 0 ok .* ms", fleet.line_with(" version "))
+
+
 def test_the_options_of_serve_count_for_each_worker(start_workers: Start, home: Path) -> None:
     path = home / "socket"
     fleet = start_workers(
-        *("-w", "1", "-b", f"unix:{path}", "--no-patch", "--hide-errors", "--no-introspection", "--socket-mode", "600")
+        *("-w", "1", "-b", f"unix:{path}", "--no-patch", "--hide-errors", "--no-introspection", "--socket-mode", "600"),
+        *("--access-log", "--log-format", "json"),
     )
+    assert json.loads(fleet.line_with("Booting worker"))["logger"] == "gunicorn.error"
     assert path.stat().st_mode & 0o777 == 0o600
     with gmprpc.Client(fleet.addresses[0]) as client:
         assert not client.call("patched")
@@ -145,6 +158,7 @@ def test_the_options_of_serve_count_for_each_worker(start_workers: Start, home: 
             client.call("$/list")
         with pytest.raises(gmprpc.RemoteError, match="internal error"):
             client.call("fail")
+    assert json.loads(fleet.line_with('"gmprpc.access"'))["method"] == "patched"
 
 
 def test_a_worker_serves_the_demo_too(home: Path) -> None:
