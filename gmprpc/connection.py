@@ -227,6 +227,7 @@ class Connection:
         "peer",
         "unsent_size",
         "used_at",
+        "user",
     )
 
     def __init__(
@@ -240,6 +241,8 @@ class Connection:
     ) -> None:
         #: The address of the other side.
         self.peer = peer
+        #: Who that is, for the application to say, as its ``authenticate`` hook has found out; None until it does.
+        self.user: Any = None
         #: What ended the connection; None while it lives and when it ended in good order.
         self.error: Exception | None = None
 
@@ -406,6 +409,15 @@ class Connection:
         if self._phase == _OPEN:
             self._phase = _FINISHING
             self._loop.run_callback(self._settle)
+
+    def turn_away(self, error: Exception) -> None:
+        """Take no further message, answer what is at work, then close, because of ``error``; returns at once."""
+        self._loop.run_callback(self._turn_away, error)
+
+    def carry_out(self, methods: Mapping[str, Callable[..., Any]], max_concurrency: int | None) -> None:
+        """Have what the peer calls from now on be one of ``methods``, ``max_concurrency`` of them at once."""
+        self._requests.methods = methods
+        self._requests.limit = max_concurrency
 
     def close(self) -> None:
         """Close now: calls that wait end with ConnectionClosed, answers that are still to come are dropped.
@@ -734,6 +746,13 @@ class Connection:
         self._phase = max(self._phase, _DEAF)
         self.error = self.error or (error and error.with_traceback(None))  # Its frames hold what was received.
         self.calls.fail_all(self.error, self._take_back_requests() if self._pending else {})
+
+    def _turn_away(self, error: Exception) -> None:
+        if self._phase < _CLOSED:
+            self._todo.clear()
+            self._inbox = None
+            self._fall_silent(error)
+            self._settle()
 
     def _take_back_requests(self) -> dict[int, bytes]:
         """Take the requests that haven't left out of what waits to be sent; returns their bodies by their msgids."""

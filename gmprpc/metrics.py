@@ -20,6 +20,8 @@ class Counters:
     refused_connections: int = 0
     #: Connections that were accepted and got no further than their PROXY header or their TLS handshake.
     failed_handshakes: int = 0
+    #: Connections that ``authenticate`` didn't let in.
+    denied_connections: int = 0
     #: Connections that ended with an error: lost, reset, or not MessagePack-RPC.
     failed_connections: int = 0
     #: Of these, the ones whose peer broke the protocol.

@@ -114,7 +114,6 @@ class Requests:
         "_deferred_keys",
         "_hide_errors",
         "_is_observed",
-        "_limit",
         "_reuse_greenlets",
         "deferred",
         "encoder",
@@ -123,6 +122,7 @@ class Requests:
         "hub",
         "idle",
         "lead_end",
+        "limit",
         "methods",
         "observations",
         "out",
@@ -160,7 +160,8 @@ class Requests:
         #: Of these, by the same keys, what is to be told of the end.
         self.observations: dict[tuple[int | None, int], Ending] = {}
         self._is_observed = options.is_observed
-        self._limit = options.max_concurrency
+        #: How many may be at work at once.
+        self.limit = options.max_concurrency
         self._reuse_greenlets = options.reuse_greenlets
         self._hide_errors = options.hide_errors
         self._counters = counters
@@ -170,8 +171,8 @@ class Requests:
         return len(self.greenlets) - len(self.idle) + len(self.deferred)
 
     def is_full(self) -> bool:
-        """True when ``max_concurrency`` are at work."""
-        return self._limit is not None and len(self) >= self._limit
+        """True when as many are at work as may be."""
+        return self.limit is not None and len(self) >= self.limit
 
     def new_greenlet(self) -> RequestGreenlet:
         """A greenlet for a request; the hub switches into it when its ``message`` is set."""

@@ -17,6 +17,7 @@ import gevent
 from gevent import GreenletExit
 
 from .acceptor import Acceptor, ConnectionGreenlets
+from .authentication import Authentication
 from .connection import Connection, current_call
 from .draining import Farewells, Stopping
 from .entrance import Entrance
@@ -80,6 +81,11 @@ class Server(Registry):
       a balancer.
     * ``on_dispatch(connection, message)``: for every request and notification, of unknown methods too; ``message`` is
       the decoded array. What it raises is the answer.
+    * ``authenticate(connection, message)``: for the first request or notification of each connection, in its greenlet,
+      before anything is carried out; those behind it wait. With True, and nothing else, the connection is let in, and
+      this message carried out like any other: what only logs in is a method of its own. Otherwise the answer is ``not
+      authenticated``, or an ErrorResponse's own error, and the connection is closed. Only ``$/health`` can be called
+      before. ``connection.user`` is a place for what it finds out.
     * ``on_error(connection, exc)``, ``on_eof(connection)``: each connection ends with exactly one of them.
 
     Limits (None is no limit): ``max_message_size`` bytes in one message (always limited); ``max_concurrency`` requests
@@ -126,6 +132,7 @@ class Server(Registry):
         # Hooks
         on_accept: Hook | None = None,
         on_dispatch: Hook | None = None,
+        authenticate: Hook | None = None,
         on_error: Hook | None = None,
         on_eof: Hook | None = None,
         observers: Iterable[Observer] = (),
@@ -211,6 +218,7 @@ class Server(Registry):
         for observer in observers:
             self.add_observer(observer)
         self._counters = Counters()
+        self._authentication = None if authenticate is None else Authentication(authenticate, self._counters)
         self._acceptors: list[Acceptor] = []  # One for each listener, while they are open.
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
         self._greenlets = ConnectionGreenlets()
@@ -266,8 +274,9 @@ class Server(Registry):
 
     @property
     def connections(self) -> frozenset[Connection]:
-        """The connections that are live now."""
-        return frozenset(self._connections.values())
+        """The connections that are live now; with ``authenticate`` those that were let in."""
+        connections = frozenset(self._connections.values())
+        return connections if self._authentication is None else connections - self._authentication.strangers
 
     def statistics(self) -> Statistics:
         """What happened since the server was made, and how much is going on now: one snapshot, which can't be changed.
@@ -473,6 +482,8 @@ class Server(Registry):
             stream = CountingStream(stream, self._counters)
         connection = Connection(stream, self._table, self._options, counters=self._counters, peer=peer)
         self._connections[gevent.getcurrent()] = connection
+        if self._authentication is not None:
+            self._authentication.begin(connection, self._table, self._options.max_concurrency)
         return connection
 
     def _live(self, connection: Connection) -> Exception | None:
@@ -485,6 +496,8 @@ class Server(Registry):
             # In a process that was forked off it isn't there any more.
             self._connections.pop(gevent.getcurrent(), None)
             self._farewells.forget(connection)
+            if self._authentication is not None:
+                self._authentication.forget(connection)
         if error is not None and self._on_error is not None:
             self._run_hook(connection.peer, self._on_error, connection, error)
         elif error is None and self._on_eof is not None:

@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "server": 7,
     "service": 6,
     "draining": 6,
+    "authentication": 6,
     "link": 6,
     "errand": 5,
     "discovery": 5,
