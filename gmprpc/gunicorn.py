@@ -11,7 +11,8 @@ import os
 import signal
 import ssl
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any
 
@@ -22,6 +23,7 @@ from gunicorn.errors import AppImportError
 from gunicorn.glogging import Logger
 from gunicorn.workers import base
 
+from . import workermetrics
 from .accesslog import AccessLog
 from .accesslog import logger as access_logger
 from .connection import Call
@@ -62,6 +64,9 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
     * ``max_requests``, ``max_requests_jitter``: how many calls a worker carries out before another takes its place;
     * ``timeout``: a worker whose hub is blocked for that long, by a handler that computes, is killed.
 
+    Where the environment variable ``GMPRPC_METRICS_BIND`` names an address, ``/metrics``, ``/livez`` and ``/readyz``
+    are answered there over HTTP, for all workers together.
+
     What is about HTTP doesn't count. The standard library is monkey-patched before the application is imported, unless
     a subclass sets ``patches`` to False.
     """
@@ -75,6 +80,11 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
     aborted: bool
 
     # Before it serves.
+
+    @classmethod
+    def setup(cls) -> None:
+        """Prepare for the metrics of all workers; called by gunicorn's master, before anything is forked or loaded."""
+        workermetrics.prepare_as_told()
 
     def init_process(self) -> None:
         """Begin to be a process of its own; called by gunicorn, and doesn't return before its end."""
@@ -148,6 +158,10 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     def run(self) -> None:
         """Serve until gunicorn says stop, then answer what is in flight; called by gunicorn."""
+        with _told_of(self.server):
+            self._serve()
+
+    def _serve(self) -> None:
         heartbeat = gevent.spawn(self._beat)
         # Python calls the handlers of signals when it has something to do next: let the hub have something.
         watcher = gevent.get_hub().loop.io(self.PIPE[0], 1)
@@ -240,6 +254,22 @@ class _CallLimit(Observer):
         if self._begun == self._worker.max_requests:
             self._worker.log.info("Autorestarting worker after %d calls.", self._begun)
             self._worker.retire()
+
+
+@contextmanager
+def _told_of(server: Server) -> Iterator[None]:
+    """Meanwhile tell of ``server``, which hasn't started yet, who asks for metrics, if anybody may."""
+    if (listener := workermetrics.listener()) is not None:
+        from .prometheus import admin_server  # It may not be there where nobody asks.
+
+        with admin_server(listener, server):
+            yield
+    elif (prometheus := sys.modules.get(f"{__package__}.prometheus")) is not None:
+        # The application has it observed, and shows that in a way of its own.
+        with prometheus.relaying():
+            yield
+    else:
+        yield
 
 
 def _failing(reason: str) -> Server:

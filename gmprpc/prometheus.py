@@ -194,9 +194,10 @@ def relaying() -> Iterator[None]:
 
     It is for each process that serves, from its fork to its end, and does nothing where there is only one.
     """
-    if shared_directory() is None:
+    if (directory := shared_directory()) is None:
         yield
         return
+    directory.mkdir(parents=True, exist_ok=True)
 
     def relay() -> None:
         while True:

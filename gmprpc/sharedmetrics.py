@@ -83,9 +83,10 @@ class Relay:
 
     def _count(self, metric: Metric, name: str, labels: dict[str, str], value: float) -> None:
         key = (name, *labels.values())
+        copy = self._copy_of(metric, name, labels)  # Also of 0: a histogram needs all of its buckets.
         # Never less than nothing: threads may lose a count between them, and others take it for a new beginning.
         if (more := value - self._counted.get(key, 0)) > 0:
-            self._copy_of(metric, name, labels).inc(more)
+            copy.inc(more)
             self._counted[key] = value
 
     def _copy_of(self, metric: Metric, name: str, labels: dict[str, str]) -> Any:

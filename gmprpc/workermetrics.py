@@ -28,21 +28,36 @@ _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _listener: Any = None
 
 
-def prepare() -> None:
-    """Open the place that the environment names, if it does; in the process from which workers are forked off.
+def prepare(bind: str) -> None:
+    """Open the place ``bind``, and make the directory; in the process from which workers are forked off.
+
+    Once is enough: then it does nothing.
 
     Raises:
-        RuntimeError: it can't be opened, or the extra ``metrics`` isn't installed. The message is for a person.
+        ModuleNotFoundError: the extra ``metrics`` isn't installed.
+        OSError, ValueError: the place can't be had, or is none.
     """
     global _listener
-    bind = os.environ.get(BIND)
-    if not bind or _listener is not None:
+    if _listener is not None:
         return
     if find_spec("prometheus_client") is None:
-        raise RuntimeError(f"{BIND} needs prometheus-client: pip install 'gmprpc[metrics]'")
+        raise ModuleNotFoundError(f"{BIND} needs prometheus-client: pip install 'gmprpc[metrics]'")
+    _listener = _listen(bind)
+    _prepare_directory()
+
+
+def prepare_as_told() -> None:
+    """Prepare if the environment names a place.
+
+    Raises:
+        RuntimeError: that has failed; the message is for a person.
+    """
+    if not (bind := os.environ.get(BIND)):
+        return
     try:
-        _listener = _listen(bind)
-        _prepare_directory()
+        prepare(bind)
+    except ModuleNotFoundError as exc:
+        raise RuntimeError(str(exc)) from exc
     except (OSError, ValueError) as exc:
         raise RuntimeError(f"can't listen on {bind}: {getattr(exc, 'strerror', None) or exc} ({BIND})") from exc
 
@@ -50,6 +65,12 @@ def prepare() -> None:
 def listener() -> Any:
     """The place that has been opened, a listening socket; None if the environment names none."""
     return _listener
+
+
+def place() -> Any:
+    """Where that is: ``(host, port, ...)`` or ``"unix:/path"``."""
+    name = _listener.getsockname()
+    return UNIX_PREFIX + name if isinstance(name, str) else name
 
 
 def _listen(bind: str) -> Any:

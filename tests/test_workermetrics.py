@@ -11,7 +11,7 @@ import pytest
 
 from gmprpc import workermetrics
 from gmprpc.sharedmetrics import VARIABLE
-from gmprpc.workermetrics import BIND, listener, prepare
+from gmprpc.workermetrics import BIND, listener, prepare_as_told
 
 from .programs import FORKING_PYTHON, Program
 
@@ -25,9 +25,9 @@ def _nothing_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_nothing_is_prepared_where_the_environment_names_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)
-    prepare()
+    prepare_as_told()
     monkeypatch.setenv(BIND, "")
-    prepare()
+    prepare_as_told()
     assert listener() is None
     assert VARIABLE not in os.environ
 
@@ -35,10 +35,10 @@ def test_nothing_is_prepared_where_the_environment_names_no_place(monkeypatch: p
 @pytest.mark.parametrize("bind", ["127.0.0.1:0", "localhost:0", ":0"])
 def test_a_port_is_opened_once(monkeypatch: pytest.MonkeyPatch, bind: str) -> None:
     monkeypatch.setenv(BIND, bind)
-    prepare()
+    prepare_as_told()
     with listener() as opened:
         socket.create_connection(opened.getsockname()).close()
-        prepare()  # As gunicorn does when it reloads.
+        prepare_as_told()  # As gunicorn does when it reloads.
         assert listener() is opened
 
 
@@ -49,7 +49,7 @@ def test_a_unix_socket_is_opened_and_replaces_one_that_nobody_listens_at(
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
     monkeypatch.setenv(BIND, f"unix:{path}")
-    prepare()
+    prepare_as_told()
     with listener() as opened, socket.socket(socket.AF_UNIX) as client:
         client.connect(opened.getsockname())
 
@@ -57,7 +57,7 @@ def test_a_unix_socket_is_opened_and_replaces_one_that_nobody_listens_at(
 def test_a_descriptor_that_listens_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
         monkeypatch.setenv(BIND, f"fd://{os.dup(given.fileno())}")
-        prepare()
+        prepare_as_told()
         with listener() as opened:
             assert opened.getsockname() == given.getsockname()
 
@@ -67,13 +67,13 @@ def test_a_master_that_replaces_another_takes_the_place_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_port: bool
 ) -> None:
     monkeypatch.setenv(BIND, "127.0.0.1:0" if is_port else f"unix:{tmp_path}/admin")
-    prepare()
+    prepare_as_told()
     with listener() as old:
         if is_port:
             monkeypatch.setenv(BIND, f"127.0.0.1:{old.getsockname()[1]}")
         monkeypatch.setattr(workermetrics, "_listener", None)
         monkeypatch.setenv("GUNICORN_PID", str(os.getpid()))
-        prepare()
+        prepare_as_told()
         with listener() as new:
             assert new.getsockname() == old.getsockname()
             old.close()
@@ -84,7 +84,7 @@ def test_a_master_that_replaces_another_takes_the_place_over(
 def test_a_directory_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(BIND, "127.0.0.1:0")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "of" / "mine"))
-    prepare()
+    prepare_as_told()
     listener().close()
     assert (tmp_path / "of" / "mine").is_dir()
 
@@ -103,7 +103,7 @@ def test_a_place_that_cannot_be_had_is_said_in_one_line(
 ) -> None:
     monkeypatch.setenv(BIND, bind)
     with pytest.raises(RuntimeError) as caught:
-        prepare()
+        prepare_as_told()
     assert str(caught.value).startswith(f"can't listen on {bind}: {reason}")
     assert str(caught.value).endswith("(GMPRPC_METRICS_BIND)")
 
@@ -112,23 +112,23 @@ def test_a_place_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv(BIND, f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(RuntimeError, match="in use"):
-            prepare()
+            prepare_as_told()
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workermetrics, "find_spec", lambda _: None)
     monkeypatch.setenv(BIND, "127.0.0.1:0")
     with pytest.raises(RuntimeError, match=r"pip install 'gmprpc\[metrics\]'"):
-        prepare()
+        prepare_as_told()
 
 
 PROGRAM = """
     import os
     import sys
 
-    from gmprpc.workermetrics import prepare
+    from gmprpc.workermetrics import prepare_as_told
 
-    prepare()
+    prepare_as_told()
     directory = os.environ["PROMETHEUS_MULTIPROC_DIR"]
     if (pid := os.fork()) == 0:
         sys.exit()

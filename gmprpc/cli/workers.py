@@ -20,7 +20,7 @@ from gmprpc.gunicorn import KILL_MARGIN, Worker
 from gmprpc.server import Server
 from gmprpc.transport import FD_PREFIX, file_identity, format_address, makes_file, open_listener
 
-from . import limits, logs
+from . import limits, logs, metrics
 from .exits import ExitCode
 from .running import listening_errors
 
@@ -61,6 +61,7 @@ def serve_in_workers(
     try:
         theirs = _listeners_of_systemd()
         program.listen([bind for bind in binds or ([] if theirs else [default_bind]) if bind not in theirs], settings)
+        metrics.prepare_for_workers(settings)
         program.run()
         sys.exit(ExitCode.OK)
     except SystemExit as exc:
