@@ -8,7 +8,7 @@ from typing import Any
 from gmprpc.server import Server
 from gmprpc.service import Service
 
-from . import certificates, limits, logs, otel, peers
+from . import certificates, limits, logs, otel, peers, stopping
 
 
 def make_server(service: Service, settings: Mapping[str, Any], listener: Any = None) -> Server:
@@ -22,6 +22,7 @@ def make_server(service: Service, settings: Mapping[str, Any], listener: Any = N
         **limits.keywords(settings, listener),
         **peers.keywords(settings),
         **certificates.keywords(settings),
+        **stopping.keywords(settings),
     )
     logs.apply(settings, server)
     otel.apply(settings, server)

@@ -62,6 +62,13 @@ def seconds(text: Any) -> float:
     return number
 
 
+def positive_seconds(text: Any) -> float:
+    """A length of time that isn't none."""
+    if (number := seconds(text)) == 0:
+        raise click.BadParameter(f"{text!r}: give more than 0 seconds.")
+    return number
+
+
 def file_mode(text: Any) -> int:
     """Permissions as `chmod` takes them: an octal number."""
     try:

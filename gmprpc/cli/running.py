@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
@@ -16,6 +15,7 @@ from gmprpc.server import Server
 from gmprpc.transport import format_address
 
 from .exits import Unreachable
+from .stopping import StopSignals
 
 logger = logging.getLogger("gmprpc.cli")
 
@@ -44,10 +44,10 @@ def listening_errors(place: Any) -> Iterator[None]:
         raise Unreachable(f"{reason}; --bind names another place.") from exc
 
 
-def serve_until(over: Event, servers: Sequence[Server], graceful_timeout: float) -> None:
-    """Wait until it is ``over``, or for SIGTERM or SIGINT, then stop all servers together.
+def serve_until(over: Event, servers: Sequence[Server], signals: StopSignals) -> None:
+    """Wait until it is ``over``, or for SIGTERM or SIGINT, then stop all servers together, each in its own time.
 
-    A second SIGINT stops them at once.
+    SIGINT, behind which a person is waiting, has no delay, and stops them at once if they were to stop already.
     """
     asked = Event()
     asked.rawlink(lambda _: over.set())
@@ -58,16 +58,19 @@ def serve_until(over: Event, servers: Sequence[Server], graceful_timeout: float)
         if not is_first and signum != signal.SIGINT:
             return
         in_flight = sum(server.statistics()["in_flight"] for server in servers)
+        delay = 0.0 if signum == signal.SIGINT else max(server.drain_delay for server in servers)
         for server in servers:
-            server.close()  # Now, so that whoever reads the log knows that nobody new can connect.
-            stops.spawn(server.stop, graceful_timeout if is_first else 0)
+            if not delay:
+                server.close()  # Now, so that whoever reads the log knows that nobody new can connect.
+            stops.spawn(server.stop, None if is_first else 0, delay)
         asked.set()
-        if is_first:
-            logger.info(
-                "stopping on %s: %d requests in flight, %g s for them", signum.name, in_flight, graceful_timeout
-            )
+        timeout = servers[0].stop_timeout
+        if is_first and delay:
+            logger.info("stopping on %s in %g s, and %g s for what is in flight then", signum.name, delay, timeout)
+        elif is_first:
+            logger.info("stopping on %s: %d requests in flight, %g s for them", signum.name, in_flight, timeout)
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(signum, stop, signum)
+    signals.act_with(stop)
     over.wait()
     stops.join()
+    signals.ignore()

@@ -21,7 +21,7 @@ from gmprpc.service import Service
 from gmprpc.streams import Stream
 from gmprpc.transport import format_address
 
-from . import certificates, demo, limits, logs, metrics, otel, parameters, peers
+from . import certificates, demo, limits, logs, metrics, otel, parameters, peers, stopping
 from .exits import Broken, Unreachable
 from .loading import load_service, split
 from .making import make_server
@@ -66,13 +66,7 @@ DEFAULT_BIND = "127.0.0.1:4423"
 )
 @click.option("--factory", is_flag=True, help="ATTR is a function that makes the service.")
 @click.option("--no-patch", is_flag=True, help="Don't monkey-patch the standard library for gevent.")
-@option(
-    "--graceful-timeout",
-    type=parameters.seconds,
-    default=30.0,
-    metavar="SECONDS",
-    help="Time for what is in flight when a signal says stop.",
-)
+@stopping.options
 @limits.options
 @peers.options
 @certificates.options
@@ -90,7 +84,6 @@ def serve(
     app_dir: str,
     factory: bool,
     no_patch: bool,
-    graceful_timeout: float,
     **settings: Any,
 ) -> None:
     """Serve the service ATTR of MODULE, or a demo.
@@ -98,9 +91,9 @@ def serve(
     ATTR is a gmprpc.Service, or a gmprpc.Server, of which only the service counts: where it listens, its limits and its
     hooks don't.
 
-    SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. A second SIGINT stops at
-    once. SIGHUP reads the certificate again, if there is one. SIGUSR1 prints to standard error what each greenlet and
-    thread is doing.
+    SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. SIGINT doesn't wait for
+    the delay, and a second one stops at once. SIGHUP reads the certificate again, if there is one.
+    SIGUSR1 prints to standard error what each greenlet and thread is doing.
 
     With --workers gunicorn runs the processes, and the signals are its own: SIGTERM stops gracefully, SIGINT and
     SIGQUIT at once, SIGHUP has new processes load MODULE anew while the old ones stop gracefully, SIGTTIN and SIGTTOU
@@ -126,21 +119,24 @@ def serve(
             binds,
             settings,
             default_bind=DEFAULT_BIND,
-            graceful_timeout=graceful_timeout,
+            graceful_timeout=settings["graceful_timeout"],
             patches=not no_patch,
             on_listening=_tell,
         )
-    certificates.outlive_hangup(settings)
-    if not no_patch:
-        # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
-        monkey.patch_all()
-    descriptors = take_standard_streams() if stdio else None  # Before the application, which may print something.
-    stacks.dump_on_signal()  # The application may have another use for the signal.
-    service = load()
+    signals = stopping.StopSignals()
+    with signals.heeded():  # The import of the application may take its time.
+        certificates.outlive_hangup(settings)
+        if not no_patch:
+            # What is imported by now keeps no reference to what is replaced: gevent would warn, and a test would tell.
+            monkey.patch_all()
+        descriptors = take_standard_streams() if stdio else None  # Before the application, which may print something.
+        stacks.dump_on_signal()  # The application may have another use for the signal.
+        service = load()
+    signals.leave_to_loop()
     if descriptors is not None:
         server = make_server(service, settings)
         metrics.tell(ctx.with_resource(metrics.served(settings, [server])))
-        _serve_stream(server, stream_over(*descriptors), graceful_timeout)
+        _serve_stream(server, stream_over(*descriptors), signals)
         return
     servers = [make_server(service, settings, bind) for bind in binds or [DEFAULT_BIND]]
     certificates.reload_on_hangup(servers, settings)
@@ -151,7 +147,7 @@ def serve(
     metrics.tell(admin)
     if app is None:
         _suggest(ctx.find_root().command_path, servers[0].address)
-    serve_until(Event(), servers, graceful_timeout)
+    serve_until(Event(), servers, signals)
 
 
 def _workers() -> ModuleType:
@@ -176,12 +172,12 @@ def _tell(address: Any) -> None:
     click.echo(f"listening on {format_address(address)}", err=True)
 
 
-def _serve_stream(server: Server, stream: Stream, graceful_timeout: float) -> None:
+def _serve_stream(server: Server, stream: Stream, signals: stopping.StopSignals) -> None:
     """Serve until the stream ends or a signal comes."""
     over = Event()
     serving = gevent.spawn(server.serve_stream, stream, "stdio")
     serving.rawlink(lambda _: over.set())
-    serve_until(over, [server], graceful_timeout)
+    serve_until(over, [server], signals)
     if (error := serving.get()) is not None:
         raise Broken(str(error)) from error
 
