@@ -155,13 +155,16 @@ class Told:
 
 
 @pytest.fixture
-def relayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Told, Relay]:
+def relayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Told, Relay]]:
     """What is told, and what copies it."""
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     # As if it had been set before anything was imported.
     monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
     told = Told()
-    return told, Relay(told)
+    relay = Relay(told)
+    yield told, relay
+    for copy in relay._copies.values():  # Else they are closed at the end of the process.
+        copy._file.close()
 
 
 def test_what_is_copied_is_what_is_told(tmp_path: Path, relayed: tuple[Told, Relay]) -> None:
