@@ -95,6 +95,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
             sys.exit(0)
 
     def _init_process(self) -> None:
+        workermetrics.hand_over(self.cfg.uid, self.cfg.gid)
         if self.patches:
             monkey.patch_all()
         hub.reinit()

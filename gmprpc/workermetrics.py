@@ -24,8 +24,9 @@ BIND: Final = "GMPRPC_METRICS_BIND"
 # Where prometheus_client's processes have their metrics; see `sharedmetrics`, which can't be imported yet.
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
-# The place, once it has been opened.
+# The place, once it has been opened, and the directory, if it was made here.
 _listener: Any = None
+_made_directory: str | None = None
 
 
 def prepare(bind: str) -> None:
@@ -73,6 +74,12 @@ def place() -> Any:
     return UNIX_PREFIX + name if isinstance(name, str) else name
 
 
+def hand_over(uid: int, gid: int) -> None:
+    """Let a worker have its metrics in the directory that will run as another user; called while it still may."""
+    if _made_directory is not None and (uid, gid) != (os.geteuid(), os.getegid()):
+        os.chown(_made_directory, uid, gid)
+
+
 def _listen(bind: str) -> Any:
     """A listening socket that belongs to no hub: there will be one in each worker."""
     replaces = "GUNICORN_PID" in os.environ  # The master to which somebody has sent SIGUSR2, and which still listens.
@@ -97,10 +104,11 @@ def _unlink(path: str, identity: tuple[int, int] | None) -> None:
 
 
 def _prepare_directory() -> None:
+    global _made_directory
     if directory := os.environ.get(_DIRECTORY):
         os.makedirs(directory, exist_ok=True)
         return
-    directory = os.environ[_DIRECTORY] = tempfile.mkdtemp(prefix="gmprpc-metrics-")
+    directory = os.environ[_DIRECTORY] = _made_directory = tempfile.mkdtemp(prefix="gmprpc-metrics-")
     _at_exit(shutil.rmtree, directory, ignore_errors=True)
 
 

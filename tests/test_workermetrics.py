@@ -145,3 +145,26 @@ def test_what_was_made_goes_with_the_process_that_made_it(tmp_path: Path) -> Non
         assert program.line().startswith(f"{tmp_path}/gmprpc-metrics-")
         assert program.wait() == 0
     assert list(tmp_path.iterdir()) == []
+
+
+SUCCESSOR = """
+    import os
+
+    from gmprpc.workermetrics import hand_over, prepare
+
+    prepare("127.0.0.1:0")
+    if (pid := os.fork()) == 0:
+        hand_over(12345, 12346)
+        os.setgid(12346)
+        os.setuid(12345)
+        open(os.environ["PROMETHEUS_MULTIPROC_DIR"] + "/counter_1.db", "w").close()
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_worker_that_becomes_another_user_can_write_its_metrics() -> None:
+    with Program(*FORKING_PYTHON, "-c", textwrap.dedent(SUCCESSOR), env={VARIABLE: ""}) as program:
+        assert program.lines() == ["0"]
+        assert program.wait() == 0
