@@ -15,8 +15,8 @@ class Counters:
 
     #: Connections accepted or made.
     connections: int = 0
-    #: Connections closed as soon as they were accepted: there were ``max_connections`` already, or one told of somebody
-    #: else by the PROXY protocol and isn't among ``proxy_allow_from``.
+    #: Connections closed as soon as they were accepted: there were ``max_connections`` or ``max_connections_per_peer``
+    #: already, or one told of somebody else by the PROXY protocol and isn't among ``proxy_allow_from``.
     refused_connections: int = 0
     #: Connections that were accepted and got no further than their PROXY header or their TLS handshake.
     failed_handshakes: int = 0

@@ -90,7 +90,8 @@ class Server(Registry):
 
     Limits (None is no limit): ``max_message_size`` bytes in one message (always limited); ``max_concurrency`` requests
     and notifications in flight on one connection, until their answers have been sent, and ``max_unsent_size`` bytes
-    that wait to be sent, beyond either of which it isn't read; ``max_connections``, beyond which a new one is closed.
+    that wait to be sent, beyond either of which it isn't read; ``max_connections``, beyond which a new one is closed;
+    ``max_connections_per_peer``, the same for those of one IP address or, at unix sockets, of one user.
 
     Timeouts, in seconds (None is no limit), each of which ends its connection: ``handshake_timeout`` for TLS, and for
     the PROXY protocol's header, ``read_timeout`` for the rest of a message from its last part on, ``write_timeout`` for
@@ -141,6 +142,7 @@ class Server(Registry):
         max_concurrency: int | None = MAX_CONCURRENCY,
         max_unsent_size: int | None = MAX_UNSENT_SIZE,
         max_connections: int | None = MAX_CONNECTIONS,
+        max_connections_per_peer: int | None = None,
         # Timeouts
         handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
         read_timeout: float | None = READ_TIMEOUT,
@@ -167,6 +169,7 @@ class Server(Registry):
         if not has_file and (socket_mode, socket_user, socket_group) != (None, None, None):
             raise ValueError("socket_mode, socket_user and socket_group are for unix:PATH, which makes a file")
         check_limit("max_connections", max_connections)
+        check_limit("max_connections_per_peer", max_connections_per_peer)
         check_timeout("handshake_timeout", handshake_timeout)
         check_timeout("reply_timeout", reply_timeout)
         check_timeout("stop_timeout", stop_timeout)
@@ -226,6 +229,7 @@ class Server(Registry):
         self._entrance = Entrance(
             proxy_protocol=proxy_protocol,
             proxy_allow_from=proxy_allow_from,
+            max_connections_per_peer=max_connections_per_peer,
             handshake_timeout=handshake_timeout,
             write_timeout=write_timeout,
             arrivals=self._arrivals,
@@ -475,7 +479,10 @@ class Server(Registry):
         connection = self._connection_on(*taken_in)
         del self._arrivals[socket], taken_in
         self._farewells.limit_age(connection)
-        self._live(connection)
+        try:
+            self._live(connection)
+        finally:
+            self._entrance.let_out(connection.peer)
 
     def _connection_on(self, stream: Stream, peer: Any) -> Connection:
         if self.counts_bytes:

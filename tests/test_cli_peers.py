@@ -59,12 +59,21 @@ def test_others_are_refused_and_nobody_is_waited_for_long() -> None:
         served.expect("proxy_allow_from doesn't have it")
 
 
+def test_one_peer_may_have_so_many_connections() -> None:
+    with serving(env={"GMPRPC_MAX_CONNECTIONS_PER_PEER": "1"}) as served, connected(served) as peer:
+        assert peer.call("echo", 1) == [1, 0, None, 1]
+        with connected(served) as other:
+            assert other.receive_rest() == []
+        served.expect(r"refused: it has max_connections_per_peer \(1\)")
+
+
 @pytest.mark.parametrize(
     "option, reason",
     [
         ("--proxy-protocol=v3", "'v3' is not one of 'off', 'v1', 'v2', 'auto'"),
         ("--proxy-allow-from=nowhere", "'nowhere' does not appear to be an IPv4 or IPv6 network: give networks, as in"),
         ("--proxy-allow-from=", "give networks"),
+        ("--max-connections-per-peer=0", "0 is not in the range"),
     ],
 )
 def test_what_makes_no_sense_is_misuse(option: str, reason: str) -> None:

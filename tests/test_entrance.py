@@ -7,7 +7,7 @@ import logging
 import pickle
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from gevent import socket
 
 import gmprpc
+from gmprpc import entrance
 from gmprpc.proxyprotocol import ProxyProtocol
 from gmprpc.transport import format_address
 
@@ -65,6 +66,13 @@ def connected(server: gmprpc.Server, data: bytes = b"") -> Iterator[Peer]:
     with Peer.connect(server.address) as peer:
         peer.send_bytes(data)
         yield peer
+
+
+def rest_of(peer: Peer) -> None:
+    """Wait for the end, whatever comes before."""
+    with suppress(ConnectionResetError):
+        while peer.socket.recv(65536):
+            pass
 
 
 def is_answered(peer: Peer) -> bool:
@@ -274,6 +282,118 @@ def test_the_log_names_the_client(start: Start, caplog: pytest.LogCaptureFixture
     assert record.getMessage().startswith("connection with 192.0.2.7:5000: ProtocolError")
 
 
+# How many connections one peer may have.
+
+
+def has_gone(server: gmprpc.Server, number: int) -> None:
+    """Wait until so many connections are left."""
+    wait_until(lambda: len(server._greenlets) == number)
+
+
+def test_one_peer_may_have_so_many_connections(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    with start("off", max_connections_per_peer=2) as server, ExitStack() as stack:
+        peers = [stack.enter_context(Peer.connect(server.address)) for _ in range(2)]
+        for peer in peers:
+            assert peer.call("echo", 1) == [1, 0, None, 1]
+        for _ in range(3):
+            with Peer.connect(server.address) as refused:
+                assert not is_answered(refused)
+        has_gone(server, 2)
+        assert server.statistics()["refused_connections"] == 3
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "refused: it has max_connections_per_peer (2)" in record.getMessage()
+        peers[0].close()
+        has_gone(server, 1)
+        with Peer.connect(server.address) as peer:
+            assert peer.call("echo", 1) == [1, 0, None, 1]
+    assert not server._entrance._crowd
+
+
+def test_others_have_their_own_places(start: Start) -> None:
+    with start("off", max_connections_per_peer=1) as server, Peer.connect(server.address) as peer:
+        assert peer.call("echo", 1) == [1, 0, None, 1]
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.2", 0))
+            sock.connect(server.address)
+            assert Peer(sock).call("echo", 1) == [1, 0, None, 1]
+
+
+def test_behind_a_balancer_it_is_the_client_who_is_counted(start: Start) -> None:
+    def header(host: str) -> bytes:
+        return f"PROXY TCP4 {host} 127.0.0.1 5000 4423\r\n".encode()
+
+    with start("v1", max_connections_per_peer=1) as server, ExitStack() as stack:
+        for number in range(5):
+            peer = stack.enter_context(connected(server, header(f"192.0.2.{number}") + ASK))
+            assert peer.receive()[3][0] == f"192.0.2.{number}:5000"
+        for same in (header("192.0.2.3"), b"PROXY TCP6 ::ffff:192.0.2.3 ::1 5000 4423\r\n"):
+            with connected(server, same + ASK) as peer:
+                assert not is_answered(peer)
+        has_gone(server, 5)
+        with connected(server, header("192.0.2.9")[:-1]):  # Nobody knows who this is.
+            wait_until(lambda: server._entrance.under_way)
+            with connected(server, b"PROXY UNKNOWN\r\n" + ASK) as peer:
+                assert peer.receive()[3][1] is None
+    assert not server._entrance._crowd
+
+
+def test_who_can_speak_for_himself_only_is_counted_from_the_first_moment(start: Start) -> None:
+    options: dict[str, Any] = {"max_connections_per_peer": 1, "proxy_allow_from": ["unix"]}
+    with start("auto", **options) as server, connected(server) as silent:
+        wait_until(lambda: server._entrance.under_way)
+        with connected(server) as other:
+            assert not is_answered(other)
+        silent.close()
+        has_gone(server, 0)
+        with connected(server, V1) as liar:
+            assert not is_answered(liar)
+        has_gone(server, 0)
+        with connected(server, ASK) as peer:
+            assert peer.receive()[3] == [own_address(peer), None]
+    assert not server._entrance._crowd
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="this system doesn't tell who has connected")
+def test_at_a_unix_socket_users_are_counted(start: Start, tmp_path: Path) -> None:
+    with start("off", f"unix:{tmp_path}/socket", max_connections_per_peer=1) as server, connected(server) as peer:
+        assert peer.call("echo", 1) == [1, 0, None, 1]
+        with connected(server) as other:
+            assert not is_answered(other)
+    assert not server._entrance._crowd
+
+
+def test_who_can_not_be_told_from_others_is_not_counted(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"unix:{tmp_path}/socket"
+    monkeypatch.setattr(entrance, "peer_of", lambda sock, address: gmprpc.UnixPeer(path))
+    with (
+        start("off", path, max_connections_per_peer=1) as server,
+        connected(server) as peer,
+        connected(server) as other,
+    ):
+        assert peer.call("echo", 1) == other.call("echo", 1) == [1, 0, None, 1]
+        assert not server._entrance._crowd
+
+
+def test_a_place_is_free_again_however_a_connection_ends(
+    start: Start, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    with start("off", ssl_context=contexts[0], max_connections_per_peer=1) as server:
+        with connected(server, ASK) as peer:  # No TLS.
+            rest_of(peer)
+        has_gone(server, 0)
+        with connected(server) as peer:
+            wait_until(lambda: server._entrance.under_way)
+            gevent.killall(list(server._entrance.under_way))
+        has_gone(server, 0)
+        client = gmprpc.Client(server.address, ssl_context=contexts[1], server_hostname="localhost")
+        with client:
+            assert client.call("echo", 1) == 1
+    assert not server._entrance._crowd
+
+
 # TLS behind it.
 
 
@@ -382,6 +502,7 @@ def test_a_stop_does_not_wait_for_headers(start: Start) -> None:
         wait_until(lambda: not server.started)
         late.send_bytes(V1 + ASK)  # It may have been sent before.
         assert late.receive()[3][0] == "192.0.2.7:5000"
+        late.close()
         assert silent.receive_rest() == []
         assert stopping.get() == 0
         assert not server._arrivals

@@ -1,4 +1,4 @@
-"""The options of ``serve`` that say who its peers are: the balancer in front, and what is believed of what it tells."""
+"""The options of ``serve`` for its peers: how many of one there may be, and the balancer that tells who it is."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ options = options_of(
         metavar="NETWORK,...",
         help="The balancers that are believed, and nobody else.",
     ),
+    option(
+        "--max-connections-per-peer",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Connections of one IP address, or user at a unix socket, at each place; no limit by default.",
+    ),
 )
 
-_NAMES = ("proxy_protocol", "proxy_allow_from")
+_NAMES = ("proxy_protocol", "proxy_allow_from", "max_connections_per_peer")
 
 
 def keywords(settings: Mapping[str, Any]) -> dict[str, Any]:
