@@ -208,12 +208,8 @@ class Server(Registry):
             packer_options=packer_options or {},
             unpacker_options=unpacker_options or {},
         )
-        # What is off costs nothing: what concerns each request is wrapped around the methods as they enter the table.
-        self._wrappers: list[Wrapper] = []
-        if on_dispatch is not None:
-            self._wrappers.append(partial(_dispatched, on_dispatch))
-        if reply_timeout is not None:
-            self._wrappers.append(partial(expiring, reply_timeout))
+        self._on_dispatch = on_dispatch
+        self._reply_timeout = reply_timeout
         self._introspection = introspection
         self._farewells = Farewells(max_connection_age, stop_timeout)
         self._observing = Observing()
@@ -310,7 +306,15 @@ class Server(Registry):
 
     def _new_table(self) -> MethodTable:
         """The table of methods for connections that are to come."""
-        wrappers = [*self._wrappers, self._observing.observed] if self._options.is_observed else self._wrappers
+        # What is off costs nothing: what concerns each request is wrapped around the methods as they enter the table.
+        wrappers: list[Wrapper] = []
+        if self._on_dispatch is not None:
+            wrappers.append(partial(_dispatched, self._on_dispatch))
+        if self._options.is_observed:
+            wrappers.append(self._observing.observed)
+        if self._reply_timeout is not None:
+            # Outermost: observers that are far behind hold calls up, which is no reason to answer later than that.
+            wrappers.append(partial(expiring, self._reply_timeout))
         return self.service.table(
             *wrappers,
             introspection=self._introspection,

@@ -534,6 +534,24 @@ def test_calls_wait_for_an_observer_that_is_far_behind(
     blocking.check()
 
 
+def test_a_call_that_waits_for_an_observer_is_answered_in_time(
+    service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observing, "_MAX_UNTOLD", 1)
+    blocking = Blocking()
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, observers=[blocking], reply_timeout=0.02) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        for number in range(2):
+            assert peer.call("echo", number, msgid=number) == [1, number, None, number]
+        assert peer.call("echo", 2, msgid=2) == [1, 2, "no answer within 0.02 s", None]
+        blocking.go.set()
+        assert peer.call("echo", 3, msgid=3) == [1, 3, None, 3]
+        blocking.wait_all()
+    assert [number for _, number, _ in blocking.outcomes] == [0, 1, 3]  # The other one hadn't started.
+
+
 def test_stopping_waits_a_moment_for_the_observers(service: gmprpc.Service) -> None:
     blocking = Blocking()
     server = gmprpc.Server(("127.0.0.1", 0), service, observers=[blocking])
