@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextvars import copy_context
 from functools import partial, wraps
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -54,7 +55,8 @@ class Observer(Protocol):
         when that can't be any more. ``error`` is what was raised or answered, None if nothing was.
 
         Runs a moment later, in a greenlet that tells one end after the other, in the order in which they came: the
-        answer doesn't wait for it, but the ends of other calls do.
+        answer doesn't wait for it, but the ends of other calls do. The ``contextvars`` context is a copy of that in
+        which all observers had been told of the start.
         """
         return
 
@@ -119,7 +121,7 @@ class Observing:
 class Observation:
     """What there is to tell of one call."""
 
-    __slots__ = ("_observing", "_requests", "_started_at", "_tokens", "call", "is_cancelled")
+    __slots__ = ("_context", "_observing", "_requests", "_started_at", "_tokens", "call", "is_cancelled")
 
     def __init__(self, observing: Observing, request: RequestGreenlet) -> None:
         assert request.message is not None
@@ -129,6 +131,7 @@ class Observation:
         self._observing = observing
         self._requests = request.requests
         self._tokens: list[tuple[Observer, Any]] = []
+        self._context = copy_context()
         self._started_at = perf_counter()
 
     def begin(self) -> None:
@@ -142,6 +145,7 @@ class Observation:
                 self._log_failure(observer, exc)
             else:
                 self._tokens.append((observer, token))
+        self._context = copy_context()
         self._started_at = perf_counter()
 
     def end(self, outcome: Outcome, error: BaseException | None = None) -> tuple[Outcome, float]:
@@ -162,7 +166,7 @@ class Observation:
         """Tell the observers."""
         for observer, token in self._tokens:
             try:
-                observer.call_ended(self.call, outcome, duration, token, error)
+                self._context.run(observer.call_ended, self.call, outcome, duration, token, error)
             except BaseException as exc:
                 self._log_failure(observer, exc, outcome=str(outcome), duration=duration)
 

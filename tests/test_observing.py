@@ -112,6 +112,31 @@ def test_an_observer_sees_the_call_in_the_greenlet_of_its_handler(service: gmprp
         assert peer.call("handle", msgid=3) == [1, 3, None, 3]
 
 
+def test_the_end_is_told_in_the_context_of_the_start(service: gmprpc.Service, replies: list[Any]) -> None:
+    variable: contextvars.ContextVar[int | None] = contextvars.ContextVar("variable", default=None)
+    seen: list[Any] = []
+
+    class First(gmprpc.Observer):
+        def call_ended(self, call: gmprpc.Call, *_: Any) -> None:
+            gevent.sleep(0.001)  # Nobody else's is in force meanwhile.
+            seen.append((call.msgid, variable.get()))
+
+    class Second(gmprpc.Observer):
+        def call_started(self, call: gmprpc.Call) -> None:
+            variable.set(call.msgid)
+
+    with (
+        gmprpc.Server(("127.0.0.1", 0), service, observers=[First(), Second()]) as server,
+        Peer.connect(server.address) as peer,
+    ):
+        peer.send([0, 1, "later", []], [0, 2, "fail", ["x"]], [0, 3, "echo", [1]])
+        wait_until(lambda: len(seen) == 2)
+        replies.pop().set(None)
+        wait_until(lambda: len(seen) == 3)
+    assert seen == [(2, 2), (3, 3), (1, 1)]
+    assert variable.get() is None
+
+
 def test_built_in_and_unknown_methods_are_observed(peer: Peer, recorder: Recorder) -> None:
     peer.call("$/health", msgid=1)
     peer.call("nosuch", 5, msgid=2)

@@ -418,22 +418,27 @@ def test_each_kind_of_failure_is_told_of(
     } == {("$/cancel", None), *((name, error_type) for name, (error_type, _) in errors.items())}
 
 
-def test_what_is_logged_of_a_failure_belongs_to_the_span(
-    measuring: Peer, collector: Collector, caplog: pytest.LogCaptureFixture
+def test_what_is_logged_of_a_call_belongs_to_the_span(
+    server: gmprpc.Server, collector: Collector, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logged: list[int] = []
+    server.add_observer(gmprpc.AccessLog())
+    caplog.set_level(logging.INFO, "gmprpc.access")
+    logged: list[tuple[str, int]] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            logged.append(trace.get_current_span().get_span_context().span_id)
+            logged.append((record.name, trace.get_current_span().get_span_context().span_id))
 
     handler = Handler()
-    logging.getLogger("gmprpc.connection").addHandler(handler)
+    logging.getLogger("gmprpc").addHandler(handler)
     try:
-        measuring.call("fail", "no")
+        with Peer.connect(collector.instrument(server).address) as peer:
+            peer.call("fail", "no")
+            wait_until(lambda: len(logged) == 2)
     finally:
-        logging.getLogger("gmprpc.connection").removeHandler(handler)
-    assert logged == [collector.only_span(SpanKind.SERVER).get_span_context().span_id]
+        logging.getLogger("gmprpc").removeHandler(handler)
+    span_id = collector.only_span(SpanKind.SERVER).get_span_context().span_id
+    assert logged == [("gmprpc.connection", span_id), ("gmprpc.access", span_id)]
 
 
 def test_unknown_methods_of_a_server_share_one_name(measuring: Peer, collector: Collector) -> None:
