@@ -33,6 +33,11 @@ class Balancer:
     it gives any other answer to ``$/health``; with ``probe="connect"``, which never asks, as soon as it can be
     connected to.
 
+    When the server of an endpoint says with ``$/draining`` that it will let go of the connection the endpoint is tried
+    at once, and what was called there is still answered: no call is lost when servers are restarted one after the
+    other. With ``probe="connect"`` they say so only if they are asked for their health nevertheless: see ``draining``
+    of :class:`~gmprpc.Client`.
+
     ``timeout`` is a call's for everything: waiting for an endpoint, connecting, and the answer. A call without one
     waits ``connect_timeout`` seconds for an endpoint. The other keywords are those of :class:`~gmprpc.Client`; a hook
     is given the endpoint's client. May be used in any thread, and in a process that was forked off: each has its own

@@ -22,6 +22,7 @@ from gevent.pool import Group
 from .backoff import Backoff
 from .builtin import NOT_SERVING
 from .client import Client
+from .connection import Connection
 from .discovery import Discovery, NoAddresses
 from .endpoints import Endpoint, Endpoints
 from .errand import Errand
@@ -71,6 +72,8 @@ class EndpointClient(Client):
     may_connect = False
     #: Called when it wants to connect and may not.
     on_refusal: Callable[[], None] | None = None
+    #: Called when the server will let go of the connection.
+    on_draining: Callable[[], None] | None = None
 
     @property
     def late_answers(self) -> int:
@@ -87,6 +90,22 @@ class EndpointClient(Client):
         raise _Refusal("the connection was closed before the request was sent") from (
             None if last is None else last.error
         )
+
+    def move_from(self, connection: Connection) -> None:
+        """See :meth:`Client.move_from`."""
+        super().move_from(connection)  # First, so that what waits there is refused before the next probe.
+        if not self.is_connected and self.on_draining is not None:
+            self.on_draining()
+
+    @property
+    def is_connected_anywhere(self) -> bool:
+        """Whether calls can be sent in its pool's thread; may be asked in any."""
+        return any(link.is_connected for link in self._links.all())
+
+    def hang_up(self) -> None:
+        """Begin to close all connections of this thread."""
+        for connection in self._links.get().connections:
+            connection.close()
 
     def report(self, exc: Exception) -> None:
         """See :meth:`Client.report`."""
@@ -353,12 +372,13 @@ class Pool:
 
     def _give_client(self, endpoint: Endpoint) -> None:
         endpoint.client = self._settings.make_client(endpoint.address)
+        endpoint.client.on_draining = partial(self._reconnect, endpoint, endpoint.client)
         if self._settings.client_options.get("keep_connected"):
-            endpoint.client.on_refusal = partial(self._reconnect, endpoint)
+            endpoint.client.on_refusal = partial(self._reconnect, endpoint, endpoint.client)
 
-    def _reconnect(self, endpoint: Endpoint) -> None:
-        """Connect again without waiting for a call to find out that the connection is lost."""
-        if endpoint.is_usable and not endpoint.client.is_connected:
+    def _reconnect(self, endpoint: Endpoint, client: EndpointClient) -> None:
+        """Connect again without waiting for a call to find out that the connection is lost, or about to end."""
+        if endpoint.is_usable and endpoint.client is client and not client.is_connected:
             self._take_out(endpoint, None)
 
     def _let_go(self, endpoint: Endpoint) -> None:
@@ -443,7 +463,8 @@ class Pool:
         """Ask an endpoint that is usable whether it still is."""
         returns = endpoint.returns
         try:
-            self._probe(endpoint)
+            if endpoint.client.is_connected:  # Or else the next call finds out: its probe comes before all calls.
+                self._probe(endpoint)
         except Exception as exc:
             if returns == endpoint.returns:
                 self._eject(endpoint, exc)
@@ -530,8 +551,7 @@ class Pool:
         gevent.killall(tasks, block=False)
         for client in clients:
             client.is_closed = True
-            if client.connection is not None:
-                client.connection.close()  # All at once, since to part from one may take two seconds.
+            client.hang_up()  # All at once, since to part from one may take two seconds.
         for client in clients:
             self._close(client)
         gevent.joinall([*tasks, *(call for call in self._calls if call is not me)])
@@ -552,4 +572,4 @@ class Pool:
 
 def _is_usable(endpoint: Endpoint) -> bool:
     """Whether calls can go there; may be asked in any thread, where `Client.is_connected` would speak of that one."""
-    return endpoint.is_usable and endpoint.client.statistics()["open_connections"] > 0
+    return endpoint.is_usable and endpoint.client.is_connected_anywhere

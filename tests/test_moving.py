@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -461,13 +463,113 @@ def test_a_thread_may_end_while_it_waits_for_the_answer(draining: gmprpc.Client,
     wait_until(lambda: not thread.is_alive())
 
 
+# Balancers.
+
+
+@contextmanager
+def balancing(*scripted: Scripted, **options: Any) -> Iterator[gmprpc.Balancer]:
+    """A balancer over the servers, connected to each; its calls go where fewest are pending."""
+    settings = {"retry_interval": 0.001, "max_retry_interval": 0.01} | options
+    balancer = gmprpc.Balancer([server.address for server in scripted], **settings)
+    try:
+        yield balancer
+    finally:
+        for server in scripted:
+            server.close()
+        balancer.close()
+        assert balancer.statistics()["pending"] == balancer.statistics()["open_connections"] == 0
+
+
+@pytest.fixture
+def other() -> Iterator[Scripted]:
+    other = Scripted()
+    yield other
+    other.close()
+
+
+def is_usable(balancer: gmprpc.Balancer, server: Scripted) -> bool:
+    return any(status.is_usable for status in balancer.endpoints if status.address == server.address)
+
+
+@pytest.mark.parametrize("options", [{}, {"probe": "connect", "draining": True}])
+def test_an_endpoint_that_drains_gets_no_calls_until_it_is_back(
+    scripted: Scripted, other: Scripted, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with balancing(scripted, other, **options) as balancer:
+        connecting = gevent.spawn(balancer.connect)
+        old, others = scripted.accept(), other.accept()
+        assert answer(old)[2] == answer(others)[2] == "$/health"
+        connecting.get()
+        wait_until(lambda: balancer.statistics()["usable_endpoints"] == 2)
+        calls = [balancer.call_async("first") for _ in range(2)]  # One for each.
+        msgid = old.receive()[1]
+        answer(others)
+        scripted.go()
+        old.send(DRAINING)
+        wait_until(lambda: not is_usable(balancer, scripted))
+        calls += [balancer.call_async("call") for _ in range(5)]
+        for _ in range(5):
+            answer(others)
+        old.send([1, msgid, None, "first"])
+        assert [call.get() for call in calls] == 2 * ["first"] + 5 * ["call"]
+        assert old.receive_rest() == []
+        wait_until(lambda: balancer.statistics()["failed_probes"] > 2)
+        scripted.come_back()
+        new = scripted.accept()
+        assert answer(new)[2] == "$/health"
+        wait_until(lambda: is_usable(balancer, scripted))
+        calls = [balancer.call_async("again") for _ in range(2)]
+        answer(new)
+        answer(others)
+        assert [call.get() for call in calls] == 2 * ["again"]
+        assert balancer.statistics()["ejections"] == 0
+    lines = [record for record in caplog.records if record.name == "gmprpc.balancer"]
+    assert len(lines) <= 2, caplog.text  # That it gets no calls, and that it gets calls again.
+
+
+def test_the_only_endpoint_may_let_go_of_its_connection(scripted: Scripted) -> None:
+    with balancing(scripted) as balancer:
+        call = balancer.call_async("call", timeout=20)
+        old = scripted.accept()
+        answer(old)
+        answer(old)
+        assert call.get() == "call"
+        old.send(DRAINING)
+        wait_until(lambda: not is_usable(balancer, scripted))
+        calls = [gevent.spawn(outcome, balancer.call, name) for name in ("one", "two")]
+        new = scripted.accept()
+        assert [answer(new)[2] for _ in range(3)] == ["$/health", "one", "two"]
+        assert [call.get() for call in calls] == ["one", "two"]
+        assert old.receive_rest() == []
+
+
+def test_what_waits_for_room_at_an_endpoint_that_drains_goes_to_another(scripted: Scripted, other: Scripted) -> None:
+    with balancing(scripted, other, max_pending=1) as balancer:
+        connecting = gevent.spawn(balancer.connect)
+        old, others = scripted.accept(), other.accept()
+        answer(old)
+        answer(others)
+        connecting.get()
+        wait_until(lambda: balancer.statistics()["usable_endpoints"] == 2)
+        calls = [balancer.call_async("first") for _ in range(4)]  # Two for each, of which one waits.
+        msgid = old.receive()[1]
+        scripted.go()
+        old.send(DRAINING)
+        for _ in range(3):
+            answer(others)
+        old.send([1, msgid, None, "first"])
+        assert [call.get() for call in calls] == 4 * ["first"]
+        assert balancer.statistics()["moved_calls"] == 1
+
+
 # Servers that are restarted.
 
 
 class Load:
     """Greenlets that call again and again; each call is counted where it is carried out."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Callable[[], Any]) -> None:
         self.executions: Counter[int] = Counter()
         self.service = gmprpc.Service()
         self.service.register(self._do, "do")
@@ -491,7 +593,7 @@ class Load:
     def _call_on_and_on(self, method: str) -> None:
         while not self._is_over:
             number = self._number = self._number + 1
-            assert self._client.call(method, number, timeout=20) == number
+            assert self._client().call(method, number, timeout=20) == number
             gevent.sleep(0.002)
 
     def wait_more(self, calls: int) -> None:
@@ -507,11 +609,11 @@ class Load:
 
 
 def test_ten_restarts_of_its_server_fail_no_call_of_a_draining_client() -> None:
-    client = gmprpc.Client("127.0.0.1:1", draining=True, retry_interval=0.01, max_retry_interval=0.05)
-    load = Load(client)
+    load = Load(lambda: client)
     server = gmprpc.Server(("127.0.0.1", 0), load.service)
     server.start()
-    address = client.address = server.address
+    address = server.address
+    client = gmprpc.Client(address, draining=True, retry_interval=0.01, max_retry_interval=0.05)
     for _ in range(10):
         load.wait_more(100)
         assert server.stop() == 0
@@ -522,6 +624,37 @@ def test_ten_restarts_of_its_server_fail_no_call_of_a_draining_client() -> None:
     assert client.statistics()["resent_requests"] == 0
     client.close()
     server.stop()
+
+
+def test_restarts_of_one_server_after_the_other_fail_no_call_of_a_balancer() -> None:
+    servers: list[gmprpc.Server] = []
+    load = Load(lambda: balancer)
+    for _ in range(2):
+        servers.append(gmprpc.Server(("127.0.0.1", 0), load.service))
+        servers[-1].start()
+    addresses = [server.address for server in servers]
+    balancer = gmprpc.Balancer(addresses, retry_interval=0.01, max_retry_interval=0.05)
+    for turn in range(10):
+        load.wait_more(100)
+        wait_until(lambda: balancer.statistics()["usable_endpoints"] == 2)
+        assert servers[turn % 2].stop() == 0
+        servers[turn % 2] = gmprpc.Server(addresses[turn % 2], load.service)
+        servers[turn % 2].start()
+    load.wait_more(100)
+    load.check()
+    assert balancer.statistics()["ejections"] == 0
+    balancer.close()
+    for server in servers:
+        server.stop()
+
+
+def test_connections_that_get_old_cost_no_call_of_a_draining_client() -> None:
+    load = Load(lambda: client)
+    with gmprpc.Server(("127.0.0.1", 0), load.service, max_connection_age=0.05) as server:
+        client = gmprpc.Client(server.address, draining=True, retry_interval=0.01)
+        wait_until(lambda: client.statistics()["connections"] >= 10)
+        load.check()
+        client.close()
 
 
 def test_restarts_of_its_servers_process_fail_no_call_of_a_draining_client(tmp_path: Path) -> None:
@@ -542,7 +675,7 @@ def test_restarts_of_its_servers_process_fail_no_call_of_a_draining_client(tmp_p
     with CountingServer(tmp_path) as server:
         client = gmprpc.Client(server.address, draining=True)
         callers = [gevent.spawn(call_on_and_on, *what) for what in 5 * (("do",), ("pause", 0.01), ("later", 0.05))]
-        for _ in range(4):
+        for _ in range(2):
             wait_more()
             server.stop()
             server.start()
