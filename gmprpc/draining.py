@@ -236,7 +236,8 @@ class Stopping:
         # A request may have come right behind the handshake; but most who are still at it have nothing to say.
         handshakes = gevent.spawn_later(_HANDSHAKE_GRACE, self._end_handshakes)
         greenlets = list(self._greenlets)  # Not those that come after another start.
-        self._part_with_all(greenlets)
+        if timeout != 0:  # Or else nobody has the time to understand.
+            self._part_with_all(greenlets)
         last_moment = min(_LAST_MOMENT, _LAST_PART * timeout) if timeout else 0.0
         gevent.joinall(greenlets, None if timeout is None else timeout - last_moment)
         for greenlet in greenlets:

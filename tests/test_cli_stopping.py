@@ -126,7 +126,7 @@ def test_amid_the_delay_which_goes_on_unless_it_is_sigint(app_dir: Path, path: P
         with Peer.connect(f"unix:{path}") as other:
             assert other.call("echo", 1) == [1, 0, None, 1]
         served.kill(signal.SIGINT)
-        assert peer.receive_rest() == [DRAINING]
+        assert peer.receive_rest() in ([], [DRAINING])
         peer.close()
         ends_in_order(served, path)
 
