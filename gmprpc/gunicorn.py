@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
-from typing import Any
+from time import monotonic
+from typing import Any, ClassVar
 
 import gevent
 from gevent import hub, monkey, socket
@@ -34,6 +35,7 @@ from .proxyprotocol import UNIX
 from .server import Server
 from .service import Service
 from .stacks import dump
+from .succession import Succession
 from .tls import server_context
 
 #: How long before gunicorn kills a worker that has been told to stop it cuts what it still has, in seconds: then its
@@ -42,6 +44,11 @@ KILL_MARGIN = 1.0
 
 # A sign of life is due every half of gunicorn's `timeout`; this is how often its own gevent worker gives one.
 _HEARTBEAT = 1.0
+
+# A worker waits for another one to serve in its place, but only for this part of the time that it is given to stop, and
+# looks so often whether one does. Picked arbitrarily.
+_HEIRS_SHARE = 0.5
+_HEIRS_INTERVAL = 0.05
 
 # That of gunicorn's other lines.
 _FORMAT = Logger.error_fmt, Logger.datefmt
@@ -79,7 +86,15 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
     alive: bool
     aborted: bool
 
+    # Of all workers of this process; made when there is the first one.
+    _succession: ClassVar[Succession | None] = None
+
     # Before it serves.
+
+    def __init__(self, age: int, *args: Any) -> None:
+        super().__init__(age, *args)
+        Worker._succession = Worker._succession or Succession()
+        Worker._succession.announce(age)
 
     @classmethod
     def setup(cls) -> None:
@@ -88,11 +103,14 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     def init_process(self) -> None:
         """Begin to be a process of its own; called by gunicorn, and doesn't return before its end."""
+        self._is_starting = True
         try:
             self._take_signals_that_were_early()
             self._init_process()
         except _ToldToStop:
             sys.exit(0)
+        finally:
+            self._settle()
 
     def _init_process(self) -> None:
         workermetrics.hand_over(self.cfg.uid, self.cfg.gid)
@@ -103,6 +121,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
         self.sockets = [socket.socket(s.FAMILY, socket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets]
         self._woken = Event()
         self._is_urgent = False
+        self._is_retired = False
         super().init_process()
 
     def _take_signals_that_were_early(self) -> None:
@@ -169,17 +188,49 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
         watcher.start(self._wake)
         if self.alive:
             self.server.start()
+        self._settle()
         while self.alive:
             self._woken.wait()
             self._woken.clear()
         if self.aborted:
             sys.exit(1)
-        if not self._is_urgent:
-            self.server.stop(max(self.cfg.graceful_timeout - self.server.drain_delay - KILL_MARGIN, 0))
-        if self._is_urgent:  # From the beginning, or by now.
-            self.server.stop(0, drain_delay=0)
+        self._stop()
         watcher.close()
         heartbeat.kill()
+
+    def _stop(self) -> None:
+        timeout = self.cfg.graceful_timeout - KILL_MARGIN
+        # For those who have to learn that nobody serves here any more.
+        delay = 0.0 if self._is_retired else self.server.drain_delay
+        if heirs := self._heirs():
+            delay = 0.0
+            timeout -= self._wait_for(heirs)
+        if not self._is_urgent:
+            self.server.stop(max(timeout - delay, 0), delay)
+        if self._is_urgent:  # From the beginning, or by now.
+            self.server.stop(0, drain_delay=0)
+
+    def _settle(self) -> None:
+        self._is_starting = False
+        assert self._succession is not None
+        self._succession.settle(self.age)
+
+    def _heirs(self) -> list[int]:
+        """Those that gunicorn has just started in place of this one."""
+        assert self._succession is not None
+        return self._succession.heirs(self.age, self.cfg.workers)
+
+    def _wait_for(self, heirs: list[int]) -> float:
+        """Go on until one of them serves; returns how many seconds that took.
+
+        Gunicorn stops the old ones as soon as it has forked the new ones, which have yet to load the application.
+        """
+        assert self._succession is not None
+        began_at = monotonic()
+        until = began_at + self.cfg.graceful_timeout * _HEIRS_SHARE
+        while not self._succession.has_settled(heirs) and not self._is_urgent and monotonic() < until:
+            gevent.sleep(_HEIRS_INTERVAL)
+        return monotonic() - began_at
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):
@@ -199,6 +250,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     def retire(self) -> None:
         """Stop, and answer what is in flight; gunicorn has another worker in its place."""
+        self._is_retired = True
         self.alive = False
         self._woken.set()
 
@@ -207,13 +259,13 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: stop, and answer what is in flight."""
         self.alive = False
-        if not self.booted:
+        if self._is_starting:
             raise _ToldToStop  # It has nothing yet, and may be long in getting it.
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGINT and SIGQUIT: stop at once."""
         self.alive = False
-        if not self.booted:
+        if self._is_starting:
             self.cfg.worker_int(self)
             raise _ToldToStop
         gevent.spawn(self._quit)

@@ -56,6 +56,7 @@ FLOORS: dict[str, int] = {
     "reply": 1,
     "proxyprotocol": 1,
     "sweeper": 1,
+    "succession": 0,
     "deadline": 1,
     "backoff": 1,
     "perhub": 2,

@@ -119,7 +119,6 @@ def serve(
             binds,
             settings,
             default_bind=DEFAULT_BIND,
-            graceful_timeout=settings["graceful_timeout"],
             patches=not no_patch,
             on_listening=_tell,
         )

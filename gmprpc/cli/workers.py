@@ -32,7 +32,6 @@ def serve_in_workers(
     settings: Mapping[str, Any],
     *,
     default_bind: Any,
-    graceful_timeout: float,
     patches: bool,
     on_listening: Callable[[Any], None],
 ) -> NoReturn:
@@ -50,8 +49,8 @@ def serve_in_workers(
             "worker_class": Worker if patches else _UnpatchedWorker,
             "workers": number,
             "worker_connections": settings["max_connections"],
-            # When gunicorn kills: a worker makes up its mind before that. It takes whole seconds only.
-            "graceful_timeout": math.ceil(graceful_timeout + KILL_MARGIN),
+            # When gunicorn kills: a worker has ended by itself before that. It takes whole seconds only.
+            "graceful_timeout": math.ceil(settings["drain_delay"] + settings["graceful_timeout"] + KILL_MARGIN),
         },
         on_listening,
     )

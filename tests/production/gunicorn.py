@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,18 @@ class Fleet(Program):
         """The processes of the workers, those that are about to end among them."""
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
-    def wait_serving(self, number: int, *, but: list[int] | None = None) -> list[int]:
+    def wait_children(self, number: int, *, but: Collection[int] = ()) -> list[int]:
+        """Wait until there are so many workers, none of ``but`` among them; returns their pids."""
+        wait_until(lambda: len(self.children) == number and not set(self.children) & set(but))
+        return self.children
+
+    def wait_serving(self, number: int, *, but: Collection[int] = ()) -> list[int]:
         """Wait until so many workers serve, none of ``but`` among them, and no others are there; returns their pids."""
         serving: set[int] = set()
 
         def all_serve() -> bool:
             children = set(self.children)
-            if len(children) != number or children & set(but or []):
+            if len(children) != number or children & set(but):
                 return False
             serving.intersection_update(children)
             with gmprpc.Client(self.addresses[0]) as client:

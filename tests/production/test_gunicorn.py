@@ -7,8 +7,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.programs import DEADLINE
 
 from . import gunicorn as programs
 from .gunicorn import Fleet, change_app, make_app
+from .load import PROGRAMS, Load
 
 #: Start it: ``start(*options, app="app:service", settings="", activated=None)``, ``settings`` being gunicorn's.
 Start = Callable[..., Fleet]
@@ -53,8 +54,14 @@ def start_workers(home: Path) -> Iterator[Start]:
     """Start `gmprpc serve --workers`."""
     with ExitStack() as stack:
 
-        def start(*options: Any, app: str = "app:service", settings: str = "", **how: Any) -> Fleet:
-            env = {"GUNICORN_CMD_ARGS": settings}
+        def start(
+            *options: Any,
+            app: str = "app:service",
+            settings: str = "",
+            env: Mapping[str, str] | None = None,
+            **how: Any,
+        ) -> Fleet:
+            env = {"GUNICORN_CMD_ARGS": settings, **(env or {})}
             return stack.enter_context(Fleet(*programs.serve(home, *options, app=app), env=env, **how))
 
         yield start
@@ -245,8 +252,8 @@ def test_gunicorn_says_what_is_wrong_with_its_arguments(home: Path) -> None:
 # Signals.
 
 
-def test_a_signal_shows_what_each_worker_is_at_work_on(start: Start, home: Path) -> None:
-    fleet = start("-w", "1", *ANY_PORT)
+def test_a_signal_shows_what_each_worker_is_at_work_on(start_gunicorn: Start, home: Path) -> None:
+    fleet = start_gunicorn("-w", "1", *ANY_PORT)
     pending = begin(fleet, home, "begin", "a")
     fleet.kill(signal.SIGUSR1)
     fleet.line_with("request 0 of begin")
@@ -267,14 +274,33 @@ def test_a_stop_answers_what_is_in_flight(start: Start, home: Path) -> None:
     assert fleet.wait() == 0
 
 
-def test_what_is_in_flight_for_too_long_is_cut_before_gunicorn_kills(start: Start, home: Path) -> None:
-    fleet = start("-w", "1", *ANY_PORT, "--graceful-timeout", "2")
+def test_what_is_in_flight_for_too_long_is_cut_before_gunicorn_kills(start_workers: Start, home: Path) -> None:
+    fleet = start_workers("-w", "1", *ANY_PORT, "--graceful-timeout", "2")
     pending = begin(fleet, home, "begin", "a")
     fleet.terminate()
     with pytest.raises(gmprpc.ConnectionClosed):
         pending.get()
     lines = fleet.lines()
     assert any("1 requests were cut after" in line for line in lines), lines
+    assert fleet.wait() == 0
+
+
+def test_a_delay_is_for_those_who_have_to_learn_that_nobody_serves_any_more(start_workers: Start) -> None:
+    fleet = start_workers("-w", "1", *ANY_PORT, "--drain-delay", "3", "--graceful-timeout", "2")
+    old = fleet.wait_serving(1)
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        assert client.call("pid") == old[0]
+        fleet.kill(signal.SIGHUP)  # Now there is somebody.
+        wait_until(lambda: client.call("pid", idempotent=True, timeout=DEADLINE) != old[0])
+        assert client.call("$/health") == "SERVING"
+        fleet.terminate()
+        wait_until(lambda: client.call("$/health") == "NOT_SERVING")
+        assert call(fleet, "$/health") == "NOT_SERVING"  # Whoever comes now is still served.
+        pending = client.call_async("begin", "never ends")
+        with pytest.raises(gmprpc.ConnectionClosed):  # Which gunicorn has left it the time to say.
+            pending.get()
+    lines = fleet.lines()
+    assert any("1 requests were cut after 2 s" in line for line in lines), lines
     assert fleet.wait() == 0
 
 
@@ -294,8 +320,8 @@ def test_a_quick_stop_cuts_what_is_in_flight(
     assert fleet.wait() == 0
 
 
-def test_workers_may_become_more_and_fewer(start: Start, home: Path) -> None:
-    fleet = start("-w", "1", *ANY_PORT)
+def test_workers_may_become_more_and_fewer(start_gunicorn: Start, home: Path) -> None:
+    fleet = start_gunicorn("-w", "1", *ANY_PORT)
     (first,) = fleet.wait_serving(1)
     pending = begin(fleet, home, "begin", "a")
     fleet.kill(signal.SIGTTIN)
@@ -321,8 +347,23 @@ def test_a_reload_serves_the_new_code(start: Start, home: Path) -> None:
             assert client.call("version") == 2
 
 
-def test_a_worker_that_has_carried_out_enough_calls_is_replaced(start: Start) -> None:
-    fleet = start("-w", "1", *ANY_PORT, settings="--max-requests 10")
+def test_old_workers_serve_until_a_new_one_does(start_gunicorn: Start, home: Path) -> None:
+    fleet = start_gunicorn("-w", "2", *ANY_PORT)
+    old = fleet.wait_serving(2)
+    change_app(home, "VERSION = 1", "VERSION = 2\\nwhile not (HERE / 'load').exists(): gevent.sleep(0.01)")
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        fleet.kill(signal.SIGHUP)
+        wait_until(lambda: len(fleet.children) == 4)
+        for _ in range(2):  # Also those who come now.
+            assert client.call("version") == call(fleet, "version") == 1
+            gevent.sleep(0.5)  # Long after gunicorn has stopped the old ones.
+        (home / "load").touch()
+        fleet.wait_serving(2, but=old)
+        assert call(fleet, "version") == 2
+
+
+def test_a_worker_that_has_carried_out_enough_calls_is_replaced(start_workers: Start) -> None:
+    fleet = start_workers("-w", "1", *ANY_PORT, settings="--max-requests 10")
     (first,) = fleet.wait_serving(1)
     with gmprpc.Client(fleet.addresses[0]) as client:
         assert client.call("$/health") == "SERVING"
@@ -331,30 +372,8 @@ def test_a_worker_that_has_carried_out_enough_calls_is_replaced(start: Start) ->
     fleet.wait_serving(1, but=[first])
 
 
-def test_a_worker_that_is_killed_takes_only_its_own_calls_with_it(start: Start, home: Path) -> None:
-    fleet = start("-w", "2", *ANY_PORT)
-    workers = fleet.wait_serving(2)
-    with ExitStack() as stack:
-        clients: dict[int, gmprpc.Client] = {}
-        while len(clients) < 2:
-            client = stack.enter_context(gmprpc.Client(fleet.addresses[0], timeout=DEADLINE))
-            clients.setdefault(client.call("pid"), client)
-        doomed, spared = (clients[worker].call_async("begin", str(worker)) for worker in workers)
-        for worker in workers:
-            wait_until((home / f"{worker}.begun").exists)
-        os.kill(workers[0], signal.SIGKILL)
-        with pytest.raises(gmprpc.ConnectionClosed) as caught:
-            doomed.get()
-        assert caught.value.sent
-        end(home, str(workers[1]))
-        assert spared.get() == str(workers[1])
-        for client in clients.values():
-            assert client.call("pid") in fleet.children
-    fleet.wait_serving(2, but=workers[:1])
-
-
-def test_a_worker_whose_hub_is_blocked_is_replaced(start: Start, home: Path) -> None:
-    fleet = start("-w", "1", *ANY_PORT, settings="--timeout 1")
+def test_a_worker_whose_hub_is_blocked_is_replaced(start_gunicorn: Start, home: Path) -> None:
+    fleet = start_gunicorn("-w", "1", *ANY_PORT, "--timeout", "1")
     (blocked,) = fleet.wait_serving(1)
     pending = gevent.spawn(call, fleet, "block")
     with pytest.raises((gmprpc.ConnectionClosed, gmprpc.RemoteError)):
@@ -404,3 +423,87 @@ def test_a_stop_while_workers_start_is_a_good_end(start: Start, home: Path, stag
     fleet.terminate()
     assert fleet.wait() == 0
     assert not path.exists()
+
+
+# Under load: 200 calls a second by clients that never retry.
+
+
+@pytest.fixture
+def load(home: Path) -> Iterator[Load]:
+    """The load, for ``counted:service``."""
+    (home / "counted.py").write_text((PROGRAMS / "counted.py").read_text() + "\n\nservice.register(os.getpid, 'pid')\n")
+    load = Load(home)
+    yield load
+    load.close()
+
+
+@contextmanager
+def calling(load: Load, fleet: Fleet) -> Iterator[list[gmprpc.Client]]:
+    """Meanwhile ten clients call; they have announced themselves."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(gmprpc.Client(fleet.addresses[0], draining=True)) for _ in range(10)]
+        with load.by(clients):
+            yield clients
+
+
+def assert_each_was_carried_out_once(load: Load) -> None:
+    assert load.failed == []
+    assert load.executions(load.made) == {1}
+
+
+@pytest.mark.parametrize("settings", ["", "--reuse-port"])
+def test_no_call_fails_while_all_workers_are_replaced_three_times(
+    start: Start, load: Load, reserve: Callable[[], Any], settings: str
+) -> None:
+    address = "{}:{}".format(*reserve())
+    fleet = start("-w", "2", "-b", address, app="counted:service", settings=settings, env=load.env)
+    fleet.addresses = [address]
+    with calling(load, fleet):
+        for round in range(1, 4):
+            old = fleet.wait_children(2)
+            load.wait(2 * round)
+            fleet.kill(signal.SIGHUP)
+            fleet.wait_children(2, but=old)
+        load.wait(8)
+    assert_each_was_carried_out_once(load)
+    assert len(load.made) >= 200 * 8 * 0.9  # It had to wait for this machine now and then.
+
+
+def test_no_call_fails_while_workers_are_replaced_that_have_carried_out_enough(start: Start, load: Load) -> None:
+    settings = "--max-requests 200 --max-requests-jitter 50"
+    fleet = start("-w", "2", *ANY_PORT, app="counted:service", settings=settings, env=load.env)
+    first = fleet.wait_children(2)
+    with calling(load, fleet):
+        load.wait(5)
+        fleet.wait_children(2, but=first)
+    assert_each_was_carried_out_once(load)
+
+
+def test_a_worker_that_is_killed_takes_only_the_calls_with_it_that_were_in_flight_on_it(
+    start: Start, load: Load
+) -> None:
+    fleet = start("-w", "2", *ANY_PORT, app="counted:service", env=load.env)
+    fleet.wait_serving(2)
+    with calling(load, fleet) as clients, ExitStack() as stack:
+        workers = [client.call("pid") for client in clients]
+        victim = workers[0]
+        while set(workers) == {victim}:
+            clients.append(stack.enter_context(gmprpc.Client(fleet.addresses[0])))
+            workers.append(clients[-1].call("pid"))
+        # Besides the load each client has a call in flight, for longer than it takes to kill a worker.
+        numbers = [load.number() for _ in clients]
+        held = [client.call_async("pause", number, 3) for client, number in zip(clients, numbers, strict=True)]
+        wait_until(lambda: all(load.ledger[number] for number in numbers))
+        os.kill(victim, signal.SIGKILL)
+        for call in held:
+            call.wait()
+        fleet.wait_serving(2, but=[victim])
+        load.wait(5)
+    lost = [client for client, worker in zip(clients, workers, strict=True) if worker == victim]
+    assert lost == [client for client, call in zip(clients, held, strict=True) if not call.successful()]
+    for error in [call.exception for call in held if not call.successful()] + [call.error for call in load.failed]:
+        assert isinstance(error, gmprpc.ConnectionClosed)
+        assert error.sent
+    assert {made.client for made in load.failed} <= set(lost)
+    assert load.executions(load.failed) <= {0, 1}
+    assert load.executions(load.succeeded) == {1}
