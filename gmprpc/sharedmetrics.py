@@ -51,7 +51,7 @@ class SharedCollector:
         """The metrics; called by the registry."""
         tidy_up(self._directory)
         with _locked(self._directory, fcntl.LOCK_SH):
-            return list(_MultiProcessCollector(None, str(self._directory)).collect())
+            return list(_merged(self._directory, "*.db"))
 
 
 class Relay:
@@ -109,8 +109,21 @@ def sum_of_live(directory: Path, name: str) -> float:
     """What the gauge ``name``, of the mode ``livesum`` and without labels, is in all processes that live."""
     tidy_up(directory)
     with _locked(directory, fcntl.LOCK_SH):
-        metrics: Iterable[Metric] = _MultiProcessCollector.merge(map(str, directory.glob(f"gauge_{_MODE}_*.db")))
+        metrics = _merged(directory, f"gauge_{_MODE}_*.db")
     return sum(sample.value for metric in metrics if metric.name == name for sample in metric.samples)
+
+
+def _merged(directory: Path, pattern: str) -> Iterable[Metric]:
+    metrics: Iterable[Metric] = _MultiProcessCollector.merge(map(str, _begun(directory.glob(pattern))))
+    return metrics
+
+
+def _begun(files: Iterable[Path]) -> Iterator[Path]:
+    """Those of ``files`` that can be read: prometheus_client makes one, and only then gives it a size."""
+    for file in files:
+        with suppress(FileNotFoundError):
+            if file.stat().st_size:
+                yield file
 
 
 def tidy_up(directory: Path) -> None:
@@ -152,7 +165,7 @@ def _is_alive(pid: int) -> bool:
 
 def _add_to_past(past: Path, files: Iterable[Path]) -> None:
     sums: Sums[str] = Sums()
-    for file in [past, *files]:
+    for file in _begun([past, *files]):
         with suppress(FileNotFoundError):
             for key, value, *_ in _MmapedDict.read_all_values_from_file(str(file)):
                 sums[key] += value

@@ -71,6 +71,15 @@ def test_processes_that_live_add_up(tmp_path: Path) -> None:
         assert sum_of_live(tmp_path, "serving") == 3
 
 
+@pytest.mark.parametrize("pid", [os.getpid(), 999_999_999])
+def test_a_file_that_has_only_just_been_made_is_no_trouble(tmp_path: Path, pid: int) -> None:
+    with writing(tmp_path, 1), writing(tmp_path, 2):
+        for kind in ("counter", "gauge_livesum"):
+            (tmp_path / f"{kind}_{pid}.db").touch()
+        assert sum_of_live(tmp_path, "serving") == 3
+        assert told(tmp_path) == {**COUNTED_BY_1_AND_2, "serving": 3, "most": 2}
+
+
 def test_what_a_process_has_counted_outlives_it_and_what_it_was_doing_does_not(tmp_path: Path) -> None:
     with writing(tmp_path, 1):
         with writing(tmp_path, 2):
