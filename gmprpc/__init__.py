@@ -6,6 +6,7 @@ See the README for how to use it, https://github.com/msgpack-rpc/msgpack-rpc/blo
 from . import stacks, tls
 from .accesslog import AccessLog
 from .balancer import Balancer
+from .blocking import report_blocking
 from .client import Client, Proxy, mprpc_client
 from .connection import Call, Connection, current_call
 from .exceptions import (
@@ -62,6 +63,7 @@ __all__ = [
     "current_call",
     "mprpc_client",
     "mprpc_server",
+    "report_blocking",
     "stacks",
     "tls",
 ]

@@ -29,14 +29,16 @@ Stack = tuple[tuple[CodeType, int], ...]
 
 
 def dump(file: IO[str] | None = None) -> None:
-    """Write the stacks of all greenlets and threads to ``file``, by default standard error.
+    """Write the stacks of all greenlets and threads to ``file``, by default the process's standard error.
 
     Those that carry out a request come first, with its msgid, method and peer; who stands at the same place, as all
     idle connections do, is told together. May be called by any greenlet or thread, and by a handler of signals.
     """
-    file = file or sys.stderr
-    file.write(report())
-    file.flush()
+    if file is None:
+        _write(report())
+    else:
+        file.write(report())
+        file.flush()
 
 
 def dump_on_signal(signum: int = signal.SIGUSR1) -> None:
@@ -45,7 +47,7 @@ def dump_on_signal(signum: int = signal.SIGUSR1) -> None:
     Also while a handler blocks the hub. While it does so in C nothing but the stacks of the threads can be shown, as
     :mod:`faulthandler` does; the rest follows when that is over.
     """
-    signal.signal(signum, lambda _signum, _frame: _write(report()))
+    signal.signal(signum, lambda _signum, _frame: dump())
     if sys.__stderr__ is not None:
         faulthandler.register(signum, file=sys.__stderr__, all_threads=True, chain=True)
 

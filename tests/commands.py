@@ -37,10 +37,10 @@ class Served(Program):
 
     def expect(self, pattern: str) -> str:
         """Read on until a line that matches ``pattern``, and return that."""
-        while line := self.line():
-            if re.search(pattern, line):
-                return line
-        raise AssertionError(f"{self.command} ended without saying {pattern!r}")
+        while re.search(pattern, line := self.line()) is None:
+            if not line and self.has_ended():
+                raise AssertionError(f"{self.command} ended without saying {pattern!r}")
+        return line
 
 
 @contextmanager

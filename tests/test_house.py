@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "expiry": 5,
     "observing": 6,
     "stacks": 5,
+    "blocking": 6,
     "accesslog": 7,
     "threads": 5,
     "requests": 4,

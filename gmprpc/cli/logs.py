@@ -10,9 +10,11 @@ import click
 
 from gmprpc.accesslog import AccessLog
 from gmprpc.accesslog import logger as access_logger
+from gmprpc.blocking import report_blocking
 from gmprpc.log import JSONFormatter
 from gmprpc.server import Server
 
+from . import parameters
 from .parameters import option, options_of
 
 options = options_of(
@@ -33,6 +35,14 @@ options = options_of(
         default="text",
         help="Lines for people, or a JSON object on each.",
     ),
+    option(
+        "--max-blocking-time",
+        type=parameters.seconds,
+        # Five times gevent's own: also on a machine that has too much to do it's the method that is to blame.
+        default=0.5,
+        metavar="SECONDS",
+        help="Warn of a method that keeps all others waiting for so long; 0 doesn't look.",
+    ),
 )
 
 
@@ -50,6 +60,11 @@ def configure(settings: Mapping[str, Any]) -> None:
     logging.basicConfig(level=settings["log_level"].upper(), handlers=[handler])
     if settings["access_log"]:
         access_logger.setLevel(logging.INFO)
+
+
+def watch(settings: Mapping[str, Any]) -> None:
+    """Look from now on whether a method blocks the hub of this thread, as the options say."""
+    report_blocking(settings["max_blocking_time"])
 
 
 def apply(settings: Mapping[str, Any], server: Server) -> None:

@@ -132,6 +132,7 @@ def serve(
         stacks.dump_on_signal()  # The application may have another use for the signal.
         service = load()
     signals.leave_to_loop()
+    logs.watch(settings)
     if descriptors is not None:
         server = make_server(service, settings)
         metrics.tell(ctx.with_resource(metrics.served(settings, [server])))

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -53,6 +54,7 @@ def serve_in_workers(
             "graceful_timeout": math.ceil(settings["drain_delay"] + settings["graceful_timeout"] + KILL_MARGIN),
         },
         on_listening,
+        on_worker=partial(logs.watch, settings),
     )
     master = os.getpid()
     # Until gunicorn listens to signals itself.
@@ -101,11 +103,17 @@ class _Program(Application):  # type: ignore[misc]  # gunicorn has no type hints
     """What gunicorn runs: configured by the options of ``serve``, and for the rest by GUNICORN_CMD_ARGS."""
 
     def __init__(
-        self, load: Callable[[], Server], settings: Mapping[str, Any], on_listening: Callable[[Any], None]
+        self,
+        load: Callable[[], Server],
+        settings: Mapping[str, Any],
+        on_listening: Callable[[Any], None],
+        *,
+        on_worker: Callable[[], None],
     ) -> None:
         self._load = load
         self._settings = {**settings, "default_proc_name": "gmprpc"}
         self._on_listening = on_listening
+        self._on_worker = on_worker
         self._binds: list[str] = []
         self._files: list[tuple[str, tuple[int, int] | None]] = []  # What tells each from one that comes after it.
         super().__init__(prog="GUNICORN_CMD_ARGS")
@@ -120,7 +128,7 @@ class _Program(Application):  # type: ignore[misc]  # gunicorn has no type hints
         for name, value in given.items():
             if name in self.cfg.settings and value is not None:
                 self.cfg.set(name, value)
-        when_ready = self.cfg.when_ready
+        when_ready, post_worker_init = self.cfg.when_ready, self.cfg.post_worker_init
         # What `serve` has options for is theirs.
         for name, value in self._settings.items():
             self.cfg.set(name, value)
@@ -130,7 +138,12 @@ class _Program(Application):  # type: ignore[misc]  # gunicorn has no type hints
             self._take_over(arbiter)
             when_ready(arbiter)
 
+        def on_worker(worker: Any) -> None:
+            self._on_worker()
+            post_worker_init(worker)
+
         self.cfg.set("when_ready", on_ready)
+        self.cfg.set("post_worker_init", on_worker)
 
     def load(self) -> Server:
         """What a worker serves; called by gunicorn, there."""

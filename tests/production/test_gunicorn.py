@@ -372,6 +372,16 @@ def test_a_worker_that_has_carried_out_enough_calls_is_replaced(start_workers: S
     fleet.wait_serving(1, but=[first])
 
 
+@pytest.mark.parametrize("settings", ["", "--preload"])
+def test_a_worker_says_what_blocks_its_hub(start_workers: Start, home: Path, settings: str) -> None:
+    fleet = start_workers("-w1", *ANY_PORT, "--max-blocking-time=0.1", settings=f"--timeout 3 {settings}")
+    fleet.wait_serving(1)
+    pending = gevent.spawn(call, fleet, "block")
+    assert "WARNING gmprpc.hub: request 0 of block from 127.0.0.1:" in fleet.line_with("blocks the hub, for ")
+    with pytest.raises((gmprpc.ConnectionClosed, gmprpc.RemoteError)):
+        pending.get()
+
+
 def test_a_worker_whose_hub_is_blocked_is_replaced(start_gunicorn: Start, home: Path) -> None:
     fleet = start_gunicorn("-w", "1", *ANY_PORT, "--timeout", "1")
     (blocked,) = fleet.wait_serving(1)
