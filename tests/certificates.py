@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import ssl
 from pathlib import Path
 from typing import Any
 
 import trustme
 from cryptography.hazmat.primitives import serialization
+from gevent import socket
 
 LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
@@ -48,3 +50,19 @@ class Certificates:
         encryption = serialization.BestAvailableEncryption(password)
         path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
         return path
+
+
+def serial_number_at(address: str, context: ssl.SSLContext) -> str:
+    """That of the certificate, for localhost, that a new connection to ``address`` gets."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port))) as sock:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+            else:
+                return str((tls.getpeercert() or {})["serialNumber"])

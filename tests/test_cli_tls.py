@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import signal
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gevent
 import pytest
 
 import gmprpc
 
-from .certificates import Certificates
+from .certificates import Certificates, serial_number_at
 from .commands import Served, assert_fails, assert_misused, run, serving
 
 
@@ -100,26 +98,28 @@ def test_clients_show_certificates_if_they_have_to(mutual: Served, certificates:
     mutual.expect("peer did not return a certificate")
 
 
-def test_files_that_can_not_be_used_are_said_in_one_line(certificates: Certificates, tmp_path: Path) -> None:
-    nothing, empty = tmp_path / "nothing.pem", tmp_path / "empty.pem"
-    empty.touch()
-    key = certificates.encrypted(b"secret")
-    password = tmp_path / "password"
-    password.write_text("wrong")
-    attempts: list[tuple[list[str | Path], str]] = [
-        (["--certfile", nothing], f"can't speak TLS: {nothing}: No such file or directory"),
-        (["--certfile", empty], f"can't speak TLS: {empty}: "),
-        (["--certfile", certificates.authority], "authority.pem: "),
-        (["--certfile", certificates.server, "--keyfile", key], "the key is encrypted: give its password, with --keyf"),
-        (["--certfile", certificates.server, "--keyfile", key, "--keyfile-password-file", password], f"{key}: "),
-        (["--certfile", certificates.server, "--keyfile-password-file", nothing], f"{nothing}: No such file"),
-    ]
-    for options, reason in attempts:
-        assert_fails(run("serve", "-b", "127.0.0.1:0", *options), 3, reason)
-        assert_fails(run("health", *options, "127.0.0.1:1"), 3, reason)
-    options = ["--certfile", certificates.server, "--client-cafile", empty]
-    assert_fails(run("serve", "-b", "127.0.0.1:0", *options), 3, f"{empty}: ")
-    assert_fails(run("health", "--cafile", empty, "127.0.0.1:1"), 3, f"{empty}: ")
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ("--certfile=nothing.pem", "can't speak TLS: nothing.pem: No such file or directory"),
+        ("--certfile=empty.pem", "can't speak TLS: empty.pem: "),
+        ("--certfile=authority.pem", "authority.pem: "),
+        ("--certfile=server.pem --keyfile=key.pem", "the key is encrypted: give its password, with --keyfile-password"),
+        ("--certfile=server.pem --keyfile=key.pem --keyfile-password-file=wrong", "key.pem: "),
+        ("--certfile=server.pem --keyfile-password-file=nothing.pem", "nothing.pem: No such file"),
+        ("--certfile=server.pem --client-cafile=empty.pem", "empty.pem: "),
+        ("--cafile=empty.pem", "empty.pem: "),
+    ],
+)
+def test_files_that_can_not_be_used_are_said_in_one_line(tmp_path: Path, options: str, reason: str) -> None:
+    certificates = Certificates(tmp_path)
+    certificates.encrypted(b"secret").rename(tmp_path / "key.pem")
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "wrong").write_text("wrong", encoding="utf-8")
+    if "--cafile" not in options:
+        assert_fails(run("serve", "-b", "127.0.0.1:0", *options.split(), cwd=tmp_path), 3, reason)
+    if "--client-cafile" not in options:
+        assert_fails(run("health", *options.split(), "127.0.0.1:1", cwd=tmp_path), 3, reason)
 
 
 @pytest.mark.parametrize("option", ["--keyfile", "--keyfile-password-file", "--client-cafile"])
@@ -136,21 +136,6 @@ def test_there_is_no_tls_over_standard_input(certificates: Certificates) -> None
 # Renewal.
 
 
-def serial_number_at(served: Served, context: ssl.SSLContext) -> str:
-    """That of the certificate that a new connection gets."""
-    with gevent.socket.create_connection(("127.0.0.1", int(port_of(served)))) as sock:
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-        while True:
-            try:
-                tls.do_handshake()
-            except ssl.SSLWantReadError:
-                sock.sendall(outgoing.read())
-                incoming.write(sock.recv(65536))
-            else:
-                return str((tls.getpeercert() or {})["serialNumber"])
-
-
 def test_sighup_takes_a_renewed_certificate_into_use_and_cuts_nobody(
     certificates: Certificates, tmp_path: Path
 ) -> None:
@@ -163,12 +148,12 @@ def test_sighup_takes_a_renewed_certificate_into_use_and_cuts_nobody(
         client, other = (gmprpc.Client(address, **options) for address in served.addresses)
         with client, other:
             waiting = client.call_async("sleep", 0.3)
-            number = serial_number_at(served, context)
+            number = serial_number_at(served.addresses[0], context)
             file.write_bytes(second)
-            assert serial_number_at(served, context) == number
+            assert serial_number_at(served.addresses[0], context) == number
             served.kill(signal.SIGHUP)
             served.expect(f"SIGHUP: new connections get the certificate that is in {file} now")
-            renewed = serial_number_at(served, context)
+            renewed = serial_number_at(served.addresses[0], context)
             assert renewed != number
             assert waiting.get() == 0.3
             assert client.statistics()["connections"] == 1
@@ -183,7 +168,7 @@ def test_sighup_takes_a_renewed_certificate_into_use_and_cuts_nobody(
             file.unlink()
             served.kill(signal.SIGHUP)
             assert "No such file or directory" in served.expect("SIGHUP: the certificates stay as they were")
-            assert serial_number_at(served, context) == renewed
+            assert serial_number_at(served.addresses[0], context) == renewed
         served.terminate()
         assert served.wait() == 0
 

@@ -109,6 +109,8 @@ def serve(
         raise click.UsageError("--stdio serves nobody but who started this program: there can be no --workers.")
     if stdio and ctx.get_parameter_source("certfile") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--stdio serves over pipes and the like: there can be no --certfile.")
+    if not stdio:
+        certificates.keywords(settings)  # What can't be used is said now, once, and not by each worker.
     load = partial(_load, app, app_dir, factory, settings)
     if workers is not None and not stdio:
         if app is not None:
