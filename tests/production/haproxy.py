@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +39,38 @@ def configuration(bind: tuple[str, int], servers: Mapping[str, Any]) -> str:
 
 
 class HAProxy(Program):
-    """An HAProxy in the foreground; what it logs to its standard output is its output."""
+    """An HAProxy in the foreground, a master and its worker; what it logs to its standard output is its output."""
 
     def __init__(self, executable: str, configuration: str, directory: Path) -> None:
         assert _ADMIN_SOCKET in configuration
         self._admin = directory / "admin.sock"
         file = directory / "haproxy.cfg"
         file.write_text(configuration.replace(_ADMIN_SOCKET, str(self._admin)), encoding="utf-8")
-        super().__init__(executable, "-db", "-f", file)
+        self._master = directory / "master.sock"
+        super().__init__(executable, "-W", "-db", "-S", self._master, "-f", file)
 
     def wait_ready(self) -> None:
-        """Wait until it listens everywhere."""
-        # It makes the file under another name and renames it when all of its sockets listen.
-        while not self._admin.exists():
-            if self.has_ended():
-                raise AssertionError("\n".join([f"{self.command} doesn't start:", *self.lines()]))
+        """Wait until it listens everywhere, and the master heeds signals."""
+        self.line_with("Loading success")
+        # The master executes itself anew then, and signals get lost meanwhile.
+        while True:
+            with suppress(OSError):
+                if _ask(self._master, "show proc"):
+                    break
             gevent.sleep(0.01)
+
+    def workers(self) -> set[str]:
+        """The processes that have connections."""
+        return set(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+
+    def reload(self) -> None:
+        """Have a new worker take over; the one that is there goes when its last connection has."""
+        os.kill(self.pid, signal.SIGUSR2)
+        self.wait_ready()
 
     def ask(self, command: str) -> str:
         """What it answers to a command on its admin socket."""
-        with socket.socket(socket.AF_UNIX) as admin:
-            admin.connect(str(self._admin))
-            admin.sendall(command.encode() + b"\n")
-            answer = b""
-            while data := admin.recv(65536):
-                answer += data
-        return answer.decode(errors="replace")  # It repeats what a check was answered.
+        return _ask(self._admin, command)
 
     def statuses(self) -> dict[str, str]:
         """How it sees each server: "UP", "DOWN", or on the way there, "UP 1/2" say."""
@@ -72,3 +81,14 @@ class HAProxy(Program):
         """Wait until it sees the servers that are named so."""
         while not statuses.items() <= self.statuses().items():
             gevent.sleep(0.02)
+
+
+def _ask(path: Path, command: str) -> str:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        sock.sendall(command.encode() + b"\n")
+        sock.shutdown(socket.SHUT_WR)  # A master would wait for another command.
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+    return answer.decode(errors="replace")  # It repeats what a check was answered.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import gevent
@@ -99,3 +101,37 @@ def test_a_health_check_leaves_no_line_in_the_log(
         asked = servers["a"].statistics()["connections"]
         wait_until(lambda: servers["a"].statistics()["connections"] >= asked + 2 and not servers["a"].connections)
     assert caplog.records == []
+
+
+def test_no_call_fails_while_haproxy_is_reloaded_and_its_old_process_goes_when_the_connections_have_moved(
+    start_haproxy: Callable[[str], HAProxy], address: Address
+) -> None:
+    executions: Counter[int] = Counter()
+    numbers = count()
+    is_over = False
+
+    def do(number: int) -> None:
+        gevent.sleep(0.01)
+        executions[number] += 1
+
+    def call_on_and_on(client: gmprpc.Client) -> None:
+        while not is_over:
+            client.call("do", next(numbers))
+
+    with ExitStack() as stack:
+        servers = {name: gmprpc.Server(("127.0.0.1", 0), proxy_protocol="v2", max_connection_age=1) for name in "ab"}
+        for server in servers.values():
+            server.register(do)
+            stack.enter_context(server)
+        haproxy = start_haproxy(configuration(address, {name: server.address for name, server in servers.items()}))
+        old = haproxy.workers()
+        clients = [stack.enter_context(gmprpc.Client(address, draining=True)) for _ in range(5)]
+        callers = [gevent.spawn(call_on_and_on, client) for client in clients]
+        for _ in range(2):
+            haproxy.reload()
+            wait_until(lambda: haproxy.workers() - old and not haproxy.workers() & old)  # noqa: B023
+            old = haproxy.workers()
+        is_over = True
+        gevent.joinall(callers, raise_error=True)
+    assert len(executions) == next(numbers) > 0
+    assert set(executions.values()) == {1}
