@@ -56,7 +56,7 @@ class Fleet:
 
     def _serve(self, name: str) -> Program:
         where = ("--app-dir", PROGRAMS, "-b", "{}:{}".format(*self._addresses[name]), "--proxy-protocol", "v2")
-        return self._start_serve(*where, "counted:service", env=self._env)
+        return self._start_serve(*where, "--drain-delay", "1", "counted:service", env=self._env)
 
 
 @pytest.fixture
