@@ -27,7 +27,7 @@ _MmapedDict: Any = mmap_dict.MmapedDict
 VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 # counter_17.db, gauge_livesum_17.db: what is in it, and the process that writes it.
-_FILE = re.compile(r"(?P<kind>counter|histogram|summary|gauge_live\w+)_(?P<pid>[1-9]\d*)\.db")
+_FILE = re.compile(r"(?P<kind>counter|histogram|summary|gauge_live\w+)_(?P<pid>[1-9]\d{0,6})\.db")
 # What processes have counted that have ended is summed up in the file of this one, which there isn't.
 _PAST = 0
 _LOCK = "gmprpc.lock"
