@@ -274,7 +274,7 @@ def test_killed_it_leaves_no_process_behind(address: str, ledger: list[Any]) -> 
 def test_a_line_shows_how_far_it_is(address: str) -> None:
     """And the figures at the end are those of the whole time."""
     leader, follower = pty.openpty()
-    options = ["--warm-up", "0.6", "--duration", "1.2", "--rate", "100", "-p", "2", "--output", "json"]
+    options = ["--warm-up", "1.2", "--duration", "1.2", "--rate", "100", "-p", "2", "--output", "json"]
     with subprocess.Popen(
         [*GMPRPC, "bench", *options, address, "echo", "1"],
         stdin=subprocess.DEVNULL,
