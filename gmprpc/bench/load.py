@@ -150,7 +150,8 @@ class Load:
             self._timers.append(watch)
 
     def _refill(self, lane: Lane, count: int) -> None:
-        count = min(count, self._left)
+        if count > self._left:
+            count = self._left
         self._left -= count
         lane.request([perf_counter_ns()] * count)
         if not self._left:
