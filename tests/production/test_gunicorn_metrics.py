@@ -128,7 +128,7 @@ def test_a_worker_that_is_killed_leaves_what_it_has_done_and_not_what_it_was_doi
 
 
 @pytest.mark.parametrize("command", [programs.gunicorn], indirect=True)
-def test_a_fleet_answers_all_the_time_while_its_workers_are_replaced(fleet: Fleet, admin: str) -> None:
+def test_a_fleet_is_ready_all_the_time_while_its_workers_are_replaced(fleet: Fleet, admin: str) -> None:
     metrics = Metrics(admin)
     workers = fleet.wait_serving(2)
     made = call_each_worker(fleet, 5)
