@@ -54,7 +54,9 @@ class Client:
     the server may call.
 
     Hooks: ``before_connect(client, socket)``, ``after_connect(client, socket)``, and ``on_error(client, exc)``, called
-    whenever no connection could be made or one was lost, but not when it ended in good order.
+    whenever no connection could be made or one was lost, but not when it ended in good order. ``on_connect(client,
+    connection)`` may call what has to be called on each connection before all else, such as ``connection.call("login",
+    token)``: other calls wait for its end, and get what it raises. It is a part of the attempt to connect.
 
     Time-outs are in seconds, None is no limit. ``timeout`` is for a call, from when it is made until the answer is
     there, whatever has to be done or waited for meanwhile; each call may have its own. ``connect_timeout`` is for one
@@ -93,6 +95,7 @@ class Client:
         # Hooks
         before_connect: Hook | None = None,
         after_connect: Hook | None = None,
+        on_connect: Hook | None = None,
         on_error: Hook | None = None,
         # Timeouts
         connect_timeout: float | None = CONNECT_TIMEOUT,
@@ -143,6 +146,7 @@ class Client:
         self._server_hostname = server_hostname
         self._before_connect = before_connect
         self._after_connect = after_connect
+        self._on_connect = on_connect
         self._on_error = on_error
         self._options = LinkOptions(
             connect_timeout=connect_timeout,
@@ -150,6 +154,7 @@ class Client:
             max_retry_interval=max_retry_interval,
             keep_connected=keep_connected,
             draining=draining,
+            is_greeted=on_connect is not None,
             max_pending=max_pending,
             ping_interval=ping_interval,
             connection=ConnectionOptions(
@@ -393,6 +398,11 @@ class Client:
         self._may_start = False
         self._child_hub = gevent.get_hub()
         return self._child.stream
+
+    def greet(self, connection: Connection) -> None:
+        """Say what has to be said before any call is sent on ``connection``, where there is anything."""
+        if self._on_connect is not None:
+            self._on_connect(self, connection)
 
     def move_from(self, connection: Connection) -> None:
         """Its server will let go of ``connection``; called in the thread that has it."""

@@ -55,8 +55,11 @@ class Owner(Protocol):
         Whatever is open by then ``opened`` is told how to let go of, in a process that is forked off meanwhile.
         """
 
+    def greet(self, connection: Connection) -> None:
+        """Say on a new ``connection`` what has to be said before any call; where `is_greeted` says that there is."""
+
     def is_worth_another_try(self, failure: BaseException) -> bool:
-        """Whether what `open_stream` has raised may be otherwise next time."""
+        """Whether what `open_stream`, or `greet`, has raised may be otherwise next time."""
 
     def let_go(self) -> None:
         """A connection is over and its stream is closed; may block the greenlet."""
@@ -83,7 +86,7 @@ class Link:
         # The greenlets of this connection, of those before on which something is still to be answered, and of one that
         # is made.
         self._lives: dict[Greenlet[..., None], Connection] = {}
-        # Those of them that have not answered `$/health` yet, where calls are kept waiting for that.
+        # Those of them on which something is still to be said or answered before any call is sent.
         self._on_probation: set[Connection] = set()
         # What waits for a connection, or for room on it, in the order in which it is to be sent; and before all that
         # what was sent on a connection that has ended, and had not left.
@@ -328,6 +331,8 @@ class Link:
                 connection = self._come_alive(stream)
                 if self._options.draining:
                     self._announce(connection, begun)
+                if self._options.is_greeted:
+                    self._greet(connection, begun)
             except BaseException as exc:
                 if self._connecting is not me:
                     return  # Closed meanwhile: nobody waits any more.
@@ -343,7 +348,7 @@ class Link:
         connection = Connection(
             stream, self._methods, self._options.connection, counters=self._counters, peer=self._owner.peer
         )
-        if self._options.draining:
+        if self._options.draining or self._options.is_greeted:
             self._on_probation.add(connection)
         self._opened.clear()
         life = gevent.spawn(self._live, connection)
@@ -377,6 +382,28 @@ class Link:
             raise
         if not connection.is_lasting:
             raise ConnectFailed(f"can't connect to {where}: the server is about to stop")
+
+    def _greet(self, connection: Connection, begun: float) -> None:
+        """Have the owner say what it has to, in the time that is left of the attempt to connect that was ``begun``.
+
+        Raises:
+            ConnectFailed: there was no time left, or the connection was lost.
+            BaseException: what the owner's hook has raised.
+        """
+        where = format_address(self._owner.peer)
+        limit = self._options.connect_timeout
+        late = ConnectFailed(f"can't connect to {where}: on_connect didn't come to its end within {limit} s")
+        try:
+            with gevent.Timeout(None if limit is None else max(0.0, begun + limit - perf_counter()), late):
+                self._owner.greet(connection)
+            if not connection.is_lasting:
+                raise ConnectionClosed("the server has let go of it")
+        except BaseException as exc:
+            reason = connection.error or exc
+            connection.abort()
+            if isinstance(exc, ConnectionClosed) and not isinstance(exc, ConnectFailed):
+                raise ConnectFailed(f"can't connect to {where}: {reason}") from (reason.__cause__ or reason)
+            raise
 
     def _clear_up_after(self, connecting: Greenlet[..., None]) -> None:
         """Fail those who wait for a greenlet that won't make a connection any more: somebody has killed it."""

@@ -104,6 +104,7 @@ class LinkOptions:
     max_retry_interval: float = MAX_RETRY_INTERVAL
     keep_connected: bool = False
     draining: bool = False
+    is_greeted: bool = False  # Something is to be said before any call.
     max_pending: int | None = MAX_PENDING
     ping_interval: float | None = None
 
