@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shlex
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,6 +37,15 @@ def configuration(bind: tuple[str, int], servers: Mapping[str, Any]) -> str:
     text, count = re.subn(r"\bserver (\w+) 10\.0\.0\.\d:4423", server, text)
     assert count == 3
     return text
+
+
+def serve_arguments(bind: tuple[str, int], app: str) -> list[str]:
+    """What the example says to serve with, with an address and a service of this test's own."""
+    (command,) = re.findall(r"^# +gmprpc serve (.+)$", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE)
+    own = {"module:service": app, "10.0.0.1:4423": "{}:{}".format(*bind), "10.0.0.9": "127.0.0.1"}
+    arguments = shlex.split(command)
+    assert own.keys() <= set(arguments)
+    return [own.get(argument, argument) for argument in arguments]
 
 
 class HAProxy(Program):

@@ -14,7 +14,7 @@ import gmprpc
 from tests.helpers import wait_until
 from tests.programs import Program
 
-from .haproxy import HAProxy, configuration
+from .haproxy import HAProxy, configuration, serve_arguments
 from .load import PROGRAMS, Load
 
 Address = tuple[str, int]
@@ -55,8 +55,10 @@ class Fleet:
         self.haproxy.wait_for(**{name: "UP"})
 
     def _serve(self, name: str) -> Program:
-        where = ("--app-dir", PROGRAMS, "-b", "{}:{}".format(*self._addresses[name]), "--proxy-protocol", "v2")
-        return self._start_serve(*where, "--drain-delay", "1", "counted:service", env=self._env)
+        arguments = serve_arguments(self._addresses[name], "counted:service")
+        # Also a fifth.
+        arguments[arguments.index("--drain-delay") + 1] = "1"
+        return self._start_serve(*arguments, "--app-dir", PROGRAMS, env=self._env)
 
 
 @pytest.fixture
