@@ -17,6 +17,9 @@ from .exceptions import CallCancelled
 from .methods import Handler
 from .requests import call_in_thread, current_request
 
+# The result, and what was raised instead.
+_Result = tuple[Any, BaseException | None]
+
 
 def threaded(function: Handler, pool: ThreadPool | bool = True) -> Handler:
     """What calls ``function`` in a thread of ``pool``, the hub's own if True, and waits for it in the greenlet.
@@ -32,32 +35,37 @@ def threaded(function: Handler, pool: ThreadPool | bool = True) -> Handler:
         context = copy_context()
         context.run(call_in_thread.set, (request.requests.owner, request.message))
         work = _Work(partial(context.run, function, *params))
-        # Waits for a thread, or nearly: one more than there are threads is taken.
-        done = (pool if isinstance(pool, ThreadPool) else request.requests.hub.threadpool).spawn(work.carry_out)
-        cancelled: CallCancelled | None = None
-        while not done.ready():
-            try:
-                done.wait()
-            except CallCancelled as exc:
-                cancelled = exc
-                if work.withdraw():
-                    break
-            except BaseException:  # Whoever kills this doesn't want to wait.
-                work.withdraw()
-                raise
-        if cancelled is not None:
-            raise cancelled
-        outcome = done.get()
-        assert outcome is not None  # As gevent's type hints would have it.
-        result, failure = outcome
+        result, failure = _done(work, pool if isinstance(pool, ThreadPool) else request.requests.hub.threadpool)
         if failure is None:
             return result
         try:
             raise failure
         finally:
-            del failure  # Its frames hold the params, and this one would hold it.
+            del failure  # It holds this frame, which would hold it in turn, and the params.
 
     return call
+
+
+def _done(work: _Work, pool: ThreadPool) -> _Result:
+    """What ``work`` has come to, done by a thread of ``pool``; it is waited for."""
+    # Waits for a thread, or nearly: one more than there are threads is taken.
+    done = pool.spawn(work.carry_out)
+    cancelled: CallCancelled | None = None
+    while not done.ready():
+        try:
+            done.wait()
+        except CallCancelled as exc:
+            cancelled = exc.with_traceback(None)  # It would hold this frame.
+            if work.withdraw():
+                break
+        except BaseException:  # Whoever kills this doesn't want to wait.
+            work.withdraw()
+            raise
+    if cancelled is not None:
+        return None, cancelled
+    outcome = done.get()
+    assert outcome is not None  # As gevent's type hints would have it.
+    return outcome
 
 
 class _Work:
@@ -77,8 +85,8 @@ class _Work:
         except IndexError:
             return False
 
-    def carry_out(self) -> tuple[Any, BaseException | None]:
-        """The result and what was raised, of which one is None: gevent would print what comes out of a thread."""
+    def carry_out(self) -> _Result:
+        """What it comes to: gevent would print what comes out of a thread."""
         try:
             self._right_to_decide.pop()
         except IndexError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -123,6 +125,33 @@ def test_what_it_raises_is_the_error(
             traceback = traceback.tb_next
         assert traceback is not None
         assert traceback.tb_frame.f_code.co_name == "fail_in_thread"
+
+
+def test_what_was_raised_is_forgotten_at_once_and_not_by_the_garbage_collector(
+    service: gmprpc.Service, peer: Peer
+) -> None:
+    class Refused(gmprpc.ErrorResponse):
+        """Isn't logged."""
+
+    raised: list[weakref.ref[Refused]] = []
+
+    @service.method(threadpool=True)
+    def refuse() -> None:
+        exc = Refused("refused")
+        raised.append(weakref.ref(exc))
+        try:
+            raise exc
+        finally:
+            del exc
+
+    gc.disable()
+    try:
+        assert peer.call("refuse") == [1, 0, "refused", None]
+        assert peer.call("echo", 1) == [1, 0, None, 1]
+        (reference,) = raised
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_a_result_that_cannot_be_packed_and_wrong_params_are_answered_as_always(
