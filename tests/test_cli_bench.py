@@ -21,7 +21,8 @@ from gevent.event import Event
 import gmprpc
 from gmprpc.cli.bench_output import shown_duration
 
-from .commands import GMPRPC, assert_fails, assert_misused, run
+from .certificates import Certificates
+from .commands import GMPRPC, assert_fails, assert_misused, run, serving
 from .helpers import Scripted, wait_until
 from .programs import DEADLINE, Program
 
@@ -106,6 +107,16 @@ def test_it_works_over_unix_sockets(tmp_path: Path) -> None:
     service.register(lambda: None, name="nothing")
     with gmprpc.Server(f"unix:{tmp_path}/socket", service):
         assert figures_of("-n", "10", f"unix:{tmp_path}/socket", "nothing")["calls"] == 10
+
+
+def test_it_speaks_tls_as_all_commands_do(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path)
+    with serving("--certfile", certificates.server, "--client-cafile", certificates.authority) as served:
+        where = f"localhost:{served.addresses[0].rpartition(':')[2]}"
+        options: list[str | Path] = ["--cafile", certificates.authority, "--certfile", certificates.client]
+        assert figures_of("-n", "100", "-p", "2", "-c", "4", *options, where, "echo", "1")["calls"] == 100
+        assert_fails(run("bench", *options, where, "ecko"), 1, "did you mean: echo?")
+        assert_fails(run("bench", "-n", "100", "--tls", where, "echo", "1"), 3, "certificate verify failed")
 
 
 # Conditions.

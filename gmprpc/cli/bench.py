@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,11 @@ from gmprpc.bench import crew
 from gmprpc.bench.plan import Plan
 from gmprpc.bench.tally import Ending
 from gmprpc.client import Client
-from gmprpc.exceptions import RPCError, no_such_method
+from gmprpc.exceptions import no_such_method
 from gmprpc.protocol import Encoder
 from gmprpc.transport import format_address
 
-from . import parameters
+from . import parameters, trust
 from .asking import OPTIONS_FIRST, asking, unknown_method
 from .exits import AnsweredError, Broken, ExitCode, TimedOut, Unreachable, call_errors, printable
 from .request import FORMS, request_with, values_of
@@ -99,6 +99,7 @@ def _rate(text: Any) -> float:
     "May be given several times.",
 )
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", help="How to print what came of it.")
+@trust.options
 @request_with("--data")
 @click.pass_context
 def bench(
@@ -119,6 +120,7 @@ def bench(
     connect_timeout: float,
     fail_ifs: Sequence[str],
     output: str,
+    **settings: Any,
 ) -> None:
     """Call METHOD again and again, and tell how many calls a second there were and how long they took.
 
@@ -146,7 +148,8 @@ def bench(
     if min(connections, calls or connections) < processes:
         raise click.UsageError("Each process needs a connection and a call of its own.")
     values = values_of(method, params, data)
-    client = Client(address, connect_timeout=connect_timeout)
+    how_to_connect: dict[str, Any] = {"connect_timeout": connect_timeout, **trust.keywords(settings, address)}
+    client = Client(address, **how_to_connect)
     plan = Plan(
         open_stream=partial(client.open_stream, lambda _: None),
         method=method,
@@ -165,11 +168,11 @@ def bench(
     except crew.WorkerDied as exc:
         raise Broken(f"{exc}.") from exc
     if figures.ending is Ending.UNKNOWN_METHOD:
-        raise _unknown_method(address, method, connect_timeout)
+        raise _unknown_method(method, address, how_to_connect)
 
     show = bench_output.json_of if output == "json" else bench_output.text_of
     failed = [condition for condition in conditions if condition.is_met(figures)]
-    click.echo(show(format_address(address), plan, processes, figures, failed))
+    click.echo(show(format_address(address), plan, processes, figures, failed).encode())  # Whatever the locale.
     for condition in failed:
         click.echo(f"failed: {condition.text} ({bench_output.shown_value(condition, figures)})", err=True)
     match figures.ending:
@@ -186,10 +189,11 @@ def bench(
             raise AnsweredError(f"no call has succeeded: {printable(next(iter(figures.errors)), but='')}")
 
 
-def _unknown_method(address: Any, method: str, timeout: float) -> AnsweredError:
+def _unknown_method(method: str, address: Any, how_to_connect: Mapping[str, Any]) -> AnsweredError:
+    """What to say to whoever has typed ``method``."""
     try:
-        with asking(address, connect_timeout=timeout, timeout=timeout) as client:
+        with asking(address, **how_to_connect) as client:
             client.connect()
             return unknown_method(client, method)
-    except (RPCError, click.ClickException):
+    except click.ClickException:  # It has gone meanwhile.
         return AnsweredError(printable(no_such_method(method)))
