@@ -282,6 +282,8 @@ class OpenLoop(Load):
             if missing := self._schedule.calls - self._released:
                 self.tally.fail("not sent: as many were in flight as may be", missing)
             self._stop(Ending.DONE, self._plan.timeout)
+            assert self._schedule.end is not None
+            self._end = self._schedule.end
 
 
 class _Usage:
