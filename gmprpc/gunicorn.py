@@ -103,12 +103,14 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     def init_process(self) -> None:
         """Begin to be a process of its own; called by gunicorn, and doesn't return before its end."""
-        self._is_starting = True
+        self._is_starting, self._is_told = True, False
         try:
             self._take_signals_that_were_early()
             self._init_process()
-        except _ToldToStop:
-            sys.exit(0)
+        except BaseException:
+            if self._is_told and self._is_starting:  # Whatever has been made of it.
+                sys.exit(0)
+            raise
         finally:
             self._settle()
 
@@ -136,7 +138,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
         with suppress(AttributeError, Empty):
             while True:
                 if master.SIG_QUEUE.get_nowait() in _STOP_SIGNALS:
-                    raise _ToldToStop
+                    self._be_told()
 
     def load_wsgi(self) -> None:
         """Have the application loaded, and make it ready to serve; called by gunicorn."""
@@ -258,17 +260,20 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: stop, and answer what is in flight."""
-        self.alive = False
-        if self._is_starting:
-            raise _ToldToStop  # It has nothing yet, and may be long in getting it.
+        self._be_told()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGINT and SIGQUIT: stop at once."""
-        self.alive = False
         if self._is_starting:
             self.cfg.worker_int(self)
+        else:
+            gevent.spawn(self._quit)
+        self._be_told()
+
+    def _be_told(self) -> None:
+        self.alive, self._is_told = False, True
+        if self._is_starting:  # It has nothing to end yet, and may be long in getting it.
             raise _ToldToStop
-        gevent.spawn(self._quit)
 
     def _quit(self) -> None:
         self._is_urgent = True

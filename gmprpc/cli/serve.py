@@ -112,19 +112,20 @@ def serve(
     if not stdio:
         certificates.keywords(settings)  # What can't be used is said now, once, and not by each worker.
     load = partial(_load, app, app_dir, factory, settings)
+    signals = stopping.StopSignals()
     if workers is not None and not stdio:
         if app is not None:
             split(app)  # Before there is any process that would fail.
-        _workers().serve_in_workers(
-            workers,
-            lambda: make_server(load(), settings),
-            binds,
-            settings,
-            default_bind=DEFAULT_BIND,
-            patches=not no_patch,
-            on_listening=_tell,
-        )
-    signals = stopping.StopSignals()
+        with signals.heeded():  # Until gunicorn heeds them.
+            _workers().serve_in_workers(
+                workers,
+                lambda: make_server(load(), settings),
+                binds,
+                settings,
+                default_bind=DEFAULT_BIND,
+                patches=not no_patch,
+                on_listening=_tell,
+            )
     with signals.heeded():  # The import of the application may take its time.
         certificates.outlive_hangup(settings)
         if not no_patch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -57,8 +56,6 @@ def serve_in_workers(
         on_worker=partial(logs.watch, settings),
     )
     master = os.getpid()
-    # Until gunicorn listens to signals itself.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.OK))
     try:
         theirs = _listeners_of_systemd()
         program.listen([bind for bind in binds or ([] if theirs else [default_bind]) if bind not in theirs], settings)

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def make_app(directory: Path) -> None:
     (directory / "app.py").write_text(APP, encoding="utf-8")
 
 
-def change_app(directory: Path, before: str, after: str) -> None:
+def change_app(directory: Path, before: str, after: str | Callable[[re.Match[str]], str]) -> None:
     """Change it; what has been compiled of it must not be taken for the new one, even within the same second."""
     path = directory / "app.py"
     source = path.read_text(encoding="utf-8")

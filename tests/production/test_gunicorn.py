@@ -19,7 +19,7 @@ import trustme
 import gmprpc
 from gmprpc import tls
 from tests.helpers import Peer, wait_until
-from tests.programs import DEADLINE
+from tests.programs import DEADLINE, Program
 
 from . import gunicorn as programs
 from .gunicorn import Fleet, change_app, make_app
@@ -422,16 +422,58 @@ def test_a_master_that_is_told_to_execute_itself_anew_hands_its_sockets_on(start
     wait_until(lambda: not path.exists())
 
 
-@pytest.mark.parametrize("stage", ["booting", "importing"])
-def test_a_stop_while_workers_start_is_a_good_end(start: Start, home: Path, stage: str) -> None:
-    change_app(home, "VERSION = 1", "time.sleep(60)")
+def test_a_stop_while_workers_boot_is_a_good_end(start: Start, home: Path) -> None:
     path = home / "socket"
     fleet = start("-w", "2", "-b", f"unix:{path}")
     fleet.line_with("Booting worker")
-    if stage == "importing":
-        gevent.sleep(1)
     fleet.terminate()
     assert fleet.wait() == 0
+    assert not path.exists()
+
+
+#: What applications may do while they are imported.
+IMPORTING = {
+    "sleeps": "(HERE / 'importing').touch(); time.sleep(1000)",
+    "computes in a greenlet": """
+(HERE / "importing").touch()
+gevent.spawn(lambda: all(True for _ in iter(int, 1))).join()
+""",
+    "makes something else of a signal": """
+try:
+    (HERE / "importing").touch()
+    time.sleep(1000)
+except BaseException as exc:
+    raise ImportError("it can't be had") from exc
+""",
+    "makes nothing of a signal": """
+try:
+    (HERE / "importing").touch()
+    time.sleep(1000)
+except BaseException:
+    pass
+""",
+}
+
+
+@pytest.mark.parametrize("what", IMPORTING)
+def test_a_stop_while_workers_load_the_application_is_a_good_end(start_workers: Start, home: Path, what: str) -> None:
+    change_app(home, "VERSION = 1", lambda _: f"VERSION = 1\n{IMPORTING[what]}")
+    path = home / "socket"
+    fleet = start_workers("-w", "1", "-b", f"unix:{path}")
+    wait_until((home / "importing").exists)
+    fleet.terminate()
+    assert fleet.wait() == 0
+    assert not path.exists()
+
+
+def test_a_stop_while_gunicorn_is_configured_is_a_good_end(home: Path) -> None:
+    path, config = home / "socket", home / "config.py"
+    config.write_text("import time; print('configuring', flush=True); time.sleep(1000)")
+    env = {"GUNICORN_CMD_ARGS": f"-c {config}"}
+    with Program(*programs.python("-m", *programs.serve(home, "-w", "1", "-b", f"unix:{path}")), env=env) as program:
+        program.line_with("configuring")
+        program.terminate()
+        assert program.wait() == 0
     assert not path.exists()
 
 
@@ -461,13 +503,19 @@ def assert_each_was_carried_out_once(load: Load) -> None:
     assert load.executions(load.made) == {1}
 
 
-@pytest.mark.parametrize("settings", ["", "--reuse-port"])
-def test_no_call_fails_while_all_workers_are_replaced_three_times(
-    start: Start, load: Load, reserve: Callable[[], Any], settings: str
-) -> None:
+@pytest.fixture(params=["serve", "gunicorn", "gunicorn with a socket for each worker"])
+def loaded(request: pytest.FixtureRequest, load: Load, reserve: Callable[[], Any]) -> Fleet:
+    """Two workers for the load."""
     address = "{}:{}".format(*reserve())
+    start: Start = request.getfixturevalue("start_workers" if request.param == "serve" else "start_gunicorn")
+    settings = "--reuse-port" if "socket" in request.param else ""
     fleet = start("-w", "2", "-b", address, app="counted:service", settings=settings, env=load.env)
     fleet.addresses = [address]
+    return fleet
+
+
+def test_no_call_fails_while_all_workers_are_replaced_three_times(loaded: Fleet, load: Load) -> None:
+    fleet = loaded
     with calling(load, fleet):
         for round in range(1, 4):
             old = fleet.wait_children(2)
@@ -479,9 +527,11 @@ def test_no_call_fails_while_all_workers_are_replaced_three_times(
     assert len(load.made) >= 200 * 8 * 0.9  # It had to wait for this machine now and then.
 
 
-def test_no_call_fails_while_workers_are_replaced_that_have_carried_out_enough(start: Start, load: Load) -> None:
+def test_no_call_fails_while_workers_are_replaced_that_have_carried_out_enough(
+    start_workers: Start, load: Load
+) -> None:
     settings = "--max-requests 200 --max-requests-jitter 50"
-    fleet = start("-w", "2", *ANY_PORT, app="counted:service", settings=settings, env=load.env)
+    fleet = start_workers("-w", "2", *ANY_PORT, app="counted:service", settings=settings, env=load.env)
     first = fleet.wait_children(2)
     with calling(load, fleet):
         load.wait(5)
@@ -490,9 +540,9 @@ def test_no_call_fails_while_workers_are_replaced_that_have_carried_out_enough(s
 
 
 def test_a_worker_that_is_killed_takes_only_the_calls_with_it_that_were_in_flight_on_it(
-    start: Start, load: Load
+    start_gunicorn: Start, load: Load
 ) -> None:
-    fleet = start("-w", "2", *ANY_PORT, app="counted:service", env=load.env)
+    fleet = start_gunicorn("-w", "2", *ANY_PORT, app="counted:service", env=load.env)
     fleet.wait_serving(2)
     with calling(load, fleet) as clients, ExitStack() as stack:
         workers = [client.call("pid") for client in clients]
