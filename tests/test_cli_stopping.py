@@ -73,13 +73,14 @@ except BaseException as exc:
 }
 
 
-@pytest.mark.parametrize("what", IMPORTING)
-@pytest.mark.parametrize("option", ["--factory", "--no-patch"])  # The first changes nothing here.
-def test_amid_the_import_of_the_application(tmp_path: Path, path: Path, what: str, option: str) -> None:
+@pytest.mark.parametrize(
+    "what, options", [*((what, []) for what in IMPORTING), ("sleeps", ["--no-patch"])], ids=[*IMPORTING, "unpatched"]
+)
+def test_amid_the_import_of_the_application(tmp_path: Path, path: Path, what: str, options: list[str]) -> None:
     (tmp_path / "app.py").write_text(
         f"import gevent, gmprpc, time\nprint('importing', flush=True)\n{IMPORTING[what]}", encoding="utf-8"
     )
-    with Program(*GMPRPC, "serve", "--app-dir", tmp_path, option, "-b", f"unix:{path}", "app:service") as program:
+    with Program(*GMPRPC, "serve", "--app-dir", tmp_path, *options, "-b", f"unix:{path}", "app:service") as program:
         assert program.line() == "importing"
         program.terminate()
         assert program.lines() == []
