@@ -431,7 +431,8 @@ class Client:
             except GreenletExit:
                 raise
             except BaseException as failure:  # Also SystemExit, which would end the program.
-                log(logger, logging.ERROR, "the hook %r failed", self._on_error, exc_info=failure)
+                peer = format_address(self.address)
+                log(logger, logging.ERROR, "the hook %r failed", self._on_error, exc_info=failure, peer=peer)
 
 
 def _of_client(late: CallTimeout) -> CallTimeout:

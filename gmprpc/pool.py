@@ -403,7 +403,7 @@ class Pool:
         if endpoint.is_usable and self._end is None:
             self._counts["ejections"] += 1
             where = format_address(endpoint.address)
-            log_soon(logger, logging.INFO, "%s gets no more calls: %s", where, text_of(error))
+            log_soon(logger, logging.INFO, "%s gets no more calls: %s", where, text_of(error), peer=where)
             self._take_out(endpoint, error)
             self._look_up_soon()
 
@@ -433,7 +433,8 @@ class Pool:
                 wait = endpoint.backoff.next()
             if self._end is None and not endpoint.is_gone:  # It may be about to be killed for that.
                 if endpoint.error is not None:
-                    log_soon(logger, logging.INFO, "%s gets calls again", format_address(endpoint.address))
+                    where = format_address(endpoint.address)
+                    log_soon(logger, logging.INFO, "%s gets calls again", where, peer=where)
                 self._endpoints.put_in(endpoint)
                 self._note_usable()
         finally:
@@ -452,7 +453,7 @@ class Pool:
         except Exception as exc:
             if endpoint.error is None:
                 where = format_address(endpoint.address)
-                log_soon(logger, logging.INFO, "%s gets no calls: %s", where, text_of(exc))
+                log_soon(logger, logging.INFO, "%s gets no calls: %s", where, text_of(exc), peer=where)
             endpoint.error = exc
             endpoint.is_suspect = True
             self._look_up_soon()

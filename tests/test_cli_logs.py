@@ -47,7 +47,7 @@ def test_calls_are_logged_however_grave_the_rest_has_to_be(app: tuple[str, ...])
 
 
 def test_a_log_of_json_has_an_object_on_each_line(app: tuple[str, ...]) -> None:
-    with serving(*app, "--log-format", "json", env={"GMPRPC_ACCESS_LOG": "1"}) as served:
+    with serving(*app, "--log-format", "json", "--max-blocking-time=0", env={"GMPRPC_ACCESS_LOG": "1"}) as served:
         assert run("call", served.addresses[0], "fail", "a\nb").returncode == 1
         told = [json.loads(served.line()) for _ in range(2)]
         served.terminate()

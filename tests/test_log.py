@@ -15,7 +15,7 @@ import pytest
 import gmprpc
 from gmprpc.log import JSONFormatter, log, log_soon, shown
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, Scripted, wait_until
 
 logger = logging.getLogger("gmprpc.test_log")
 
@@ -227,3 +227,22 @@ def test_what_other_formatters_leave_in_a_record_is_not_told() -> None:
     record = logging.makeLogRecord({"msg": "x"})
     logging.Formatter("%(asctime)s %(message)s").format(record)
     assert set(json.loads(JSONFormatter().format(record))) == {"time", "level", "logger", "message"}
+
+
+def test_a_line_about_a_server_has_the_peer_as_a_field(
+    server: gmprpc.Server, scripted: Scripted, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("x")
+
+    caplog.set_level(logging.INFO)
+    scripted.go()
+    client = gmprpc.Client(scripted.address, on_error=fail, retry_interval=None)
+    with pytest.raises(gmprpc.ConnectFailed):
+        client.connect()
+    with gmprpc.Balancer([scripted.address, server.address]) as balancer:
+        assert balancer.call("echo", 1) == 1
+        wait_until(lambda: "gets no" in caplog.text)
+    told = [record for record in caplog.records if record.name in ("gmprpc.client", "gmprpc.balancer")]
+    host, port = scripted.address
+    assert [fields(record) for record in told] == [{"peer": f"{host}:{port}"}] * 2
