@@ -318,7 +318,8 @@ def main() -> None:
     if len(addresses) > 1:
         client = gmprpc.Balancer(addresses, **options)
     else:
-        client = gmprpc.Client(addresses[0], **options)
+        # Half of them want to be told before a server lets them go.
+        client = gmprpc.Client(addresses[0], draining=arguments.seed % 2 == 1, **options)
 
     going_on = Event()
     gevent.signal_handler(signal.SIGUSR1, going_on.set)
