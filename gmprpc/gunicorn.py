@@ -27,10 +27,11 @@ from gunicorn.workers import base
 from . import workermetrics
 from .accesslog import AccessLog
 from .accesslog import logger as access_logger
-from .connection import Call
+from .connection import Call, Connection
 from .exceptions import ErrorResponse
 from .methods import RESERVED_PREFIX
 from .observing import Observer
+from .protocol import Message
 from .proxyprotocol import UNIX
 from .server import Server
 from .service import Service
@@ -331,10 +332,11 @@ def _told_of(server: Server) -> Iterator[None]:
 
 
 def _failing(reason: str) -> Server:
-    """A server that answers everything with an error."""
+    """A server that answers every call with an error, and isn't well."""
 
-    def fail(*_: Any) -> None:
-        raise ErrorResponse(f"the application can't be loaded: {reason}")
+    def fail(_connection: Connection, message: Message) -> None:
+        if not message[2].startswith(RESERVED_PREFIX):
+            raise ErrorResponse(f"the application can't be loaded: {reason}")
 
     server = Server(None, on_dispatch=fail)
     server.is_healthy = False

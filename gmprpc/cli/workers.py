@@ -147,6 +147,8 @@ class _Program(Application):  # type: ignore[misc]  # gunicorn has no type hints
         try:
             return self._load()
         except click.ClickException as exc:
+            if self.cfg.reload and isinstance(exc.__cause__, SyntaxError):
+                raise exc.__cause__  # noqa: B904  # That a worker can wait until it is put right.
             raise AppImportError(f"Error: {exc.format_message()}") from exc
 
     def listen(self, binds: Sequence[Any], settings: Mapping[str, Any]) -> None:

@@ -347,6 +347,30 @@ def test_a_reload_serves_the_new_code(start: Start, home: Path) -> None:
             assert client.call("version") == 2
 
 
+def test_whoever_is_at_work_on_the_application_sees_what_is_wrong_with_it(start_workers: Start, home: Path) -> None:
+    fleet = start_workers("-w", "1", *ANY_PORT, settings="--reload")
+    assert call(fleet, "version") == 1
+
+    def touch_on_and_on() -> None:  # Gunicorn looks every second, and takes what it sees at first for unchanged.
+        while True:
+            (home / "app.py").touch()
+            gevent.sleep(0.1)
+
+    def change(before: str, after: str) -> None:
+        change_app(home, before, after)
+        touching = gevent.spawn(touch_on_and_on)
+        fleet.line_with("modified")
+        touching.kill()
+        fleet.line_with("Booting worker")
+
+    change("VERSION = 1", "VERSION = 2x")
+    with pytest.raises(gmprpc.RemoteError, match="the application can't be loaded: SyntaxError: invalid decimal"):
+        call(fleet, "version")
+    assert call(fleet, "$/health") == "NOT_SERVING"
+    change("VERSION = 2x", "VERSION = 2")
+    assert call(fleet, "version") == 2
+
+
 def test_old_workers_serve_until_a_new_one_does(start_gunicorn: Start, home: Path) -> None:
     fleet = start_gunicorn("-w", "2", *ANY_PORT)
     old = fleet.wait_serving(2)
