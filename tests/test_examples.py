@@ -152,6 +152,10 @@ def test_unix_socket(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_login() -> None:
+    assert output_of("login.py") == ["somebody", "not authenticated"]
+
+
 def test_tls(tmp_path: Path) -> None:
     _, command = docstring_of("tls.py").split("::\n")
     if shutil.which("openssl"):
