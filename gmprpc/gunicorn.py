@@ -13,6 +13,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from queue import Empty
 from time import monotonic
 from typing import Any, ClassVar
@@ -155,6 +156,8 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
             app = _failing(f"{type(exc).__name__}: {exc}")
         self.server = self._server_of(app)
         _log_as_gunicorn_does()
+        if workermetrics.listener() is not None:
+            import_module(f"{__package__}.prometheus")  # Now, and not when nothing should block the hub any more.
 
     def _server_of(self, app: Any) -> Server:
         if isinstance(app, Service):

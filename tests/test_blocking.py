@@ -287,6 +287,37 @@ def test_serve_reports_what_blocks_it(tmp_path: Path, options: list[str]) -> Non
         served.expect(r"native_sleep\(0\.2\)")
 
 
+SLOW_TO_START = """
+import sys
+import gmprpc
+from gevent import monkey
+
+native_sleep = monkey.get_original("time", "sleep")
+service = gmprpc.Service()
+
+@service.method
+def block():
+    native_sleep(0.3)
+
+class SlowDisk:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gmprpc.prometheus":
+            native_sleep(0.3)
+
+sys.meta_path.insert(0, SlowDisk())
+"""
+
+
+def test_serve_does_not_look_before_it_serves(tmp_path: Path) -> None:
+    (tmp_path / "slow_app.py").write_text(SLOW_TO_START)
+    options = ("--max-blocking-time=0.1", "--metrics-bind=127.0.0.1:0", "--app-dir", tmp_path)
+    with serving(*options, "slow_app:service") as served:
+        host, _, port = served.addresses[0].rpartition(":")
+        with Peer.connect((host, int(port))) as peer:
+            peer.call("block", msgid=3)
+        assert "request 3 of block" in served.expect(r"gmprpc\.hub")
+
+
 def test_serve_does_not_look_where_that_is_not_wanted(tmp_path: Path) -> None:
     for option, threads in (("--max-blocking-time=0", 1), ("--max-blocking-time=5", 2)):
         with serving(option) as served:

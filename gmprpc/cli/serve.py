@@ -135,10 +135,10 @@ def serve(
         stacks.dump_on_signal()  # The application may have another use for the signal.
         service = load()
     signals.leave_to_loop()
-    logs.watch(settings)
     if descriptors is not None:
         server = make_server(service, settings)
         metrics.tell(ctx.with_resource(metrics.served(settings, [server])))
+        logs.watch(settings)
         _serve_stream(server, stream_over(*descriptors), signals)
         return
     servers = [make_server(service, settings, bind) for bind in binds or [DEFAULT_BIND]]
@@ -150,6 +150,7 @@ def serve(
     metrics.tell(admin)
     if app is None:
         _suggest(ctx.find_root().command_path, servers[0].address)
+    logs.watch(settings)  # Not before: to import what was asked for may take longer than a method should.
     serve_until(Event(), servers, signals)
 
 

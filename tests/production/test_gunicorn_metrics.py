@@ -15,6 +15,7 @@ import pytest
 from gevent import socket
 
 import gmprpc
+from tests.commands import GMPRPC
 from tests.helpers import wait_until
 from tests.http import get
 from tests.programs import DEADLINE, FORKING_PYTHON, Program
@@ -199,3 +200,40 @@ def test_a_place_that_is_taken_is_said_in_one_line(
     assert process.returncode == status
     (line,) = filter(None, process.stderr.splitlines())
     assert line.startswith(f"Error: can't listen on {place}: Address already in use")
+
+
+SLOW_TO_START = """
+import sys
+import gmprpc
+from gevent import monkey
+
+native_sleep = monkey.get_original("time", "sleep")
+service = gmprpc.Service()
+
+@service.method
+def block():
+    native_sleep(0.3)
+
+class SlowDisk:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gmprpc.prometheus":
+            native_sleep(0.3)
+
+sys.meta_path.insert(0, SlowDisk())
+"""
+
+
+def test_what_blocks_the_hub_is_not_looked_for_before_a_worker_serves(home: Path) -> None:
+    (home / "slow_app.py").write_text(SLOW_TO_START)
+    options = ("--max-blocking-time=0.1", "-w", "1", "-b", "127.0.0.1:0", "--app-dir", home)
+    with Program(*GMPRPC, "serve", *options, "slow_app:service") as program:
+        lines = [program.line()]
+        while "listening on" not in lines[-1]:
+            lines.append(program.line())
+        with gmprpc.Client(lines[-1].rpartition(" ")[2], timeout=DEADLINE) as client:
+            client.call("block")
+        while "gmprpc.hub" not in lines[-1]:
+            lines.append(program.line())
+        assert "request 0 of block" in lines[-1]
+        program.terminate()
+        program.wait()
