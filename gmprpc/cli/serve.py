@@ -145,12 +145,12 @@ def serve(
     certificates.reload_on_hangup(servers, settings)
     admin = ctx.with_resource(metrics.served(settings, servers))
     start(servers)
+    logs.watch(settings)  # Not before: to import what was asked for may take longer than a method should.
     for server in servers:
         _tell(server.address)
     metrics.tell(admin)
     if app is None:
         _suggest(ctx.find_root().command_path, servers[0].address)
-    logs.watch(settings)  # Not before: to import what was asked for may take longer than a method should.
     serve_until(Event(), servers, signals)
 
 
