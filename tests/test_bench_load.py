@@ -329,7 +329,7 @@ def test_an_answer_to_no_call_is_an_error(number: int, msgid: int) -> None:
 @pytest.mark.parametrize("number", [1, 2, 30])
 def test_a_lost_answer_is_an_error_and_ends_it(number: int) -> None:
     with Foreign(nth(number, lambda msgid: b"")) as foreign:
-        result = run(plan_for(foreign.address, calls=50, depth=3, timeout=0.3))
+        result = run(plan_for(foreign.address, calls=50, depth=3, timeout=1.0))
     assert dict(result.tally.errors) == {"no answer": 1}
     assert (result.ending, result.tally.answered) == (Ending.STALLED, 49)
 

@@ -1,4 +1,4 @@
-"""Load from several processes: each is forked off, makes its part, and tells how it went; no gevent in this one."""
+"""Load from several processes: each is forked off, makes its part, and tells how it went; this one has no hub."""
 
 from __future__ import annotations
 
