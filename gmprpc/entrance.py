@@ -186,6 +186,7 @@ class _Silent(ConnectionClosed):
 
 def _read_header(sock: Any, reader: HeaderReader) -> None:
     """Have ``reader`` read the header from ``sock``: what comes behind it stays there."""
+    sock.settimeout(None)  # Whatever the program has for a default: the deadline is the caller's.
     is_first = True
     while not reader.is_over:
         data = sock.recv(min(reader.wanted, _PIECE_SIZE), stdlib_socket.MSG_PEEK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import socket as plain_socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -103,6 +104,20 @@ def test_a_header_may_come_in_any_pieces(start: Start, header: bytes, version: P
             peer.send_bytes(bytes([byte]))
             gevent.sleep(0)
         assert peer.receive() == [1, 1, None, ["192.0.2.7:5000", own_address(peer)]]
+
+
+def test_a_header_may_take_longer_than_sockets_may_by_default(start: Start) -> None:
+    with start("v1") as server, socket.socket() as sock:
+        # gevent's sockets look at it, when they are made.
+        plain_socket.setdefaulttimeout(0.01)
+        try:
+            sock.connect(server.address)
+            wait_until(lambda: server._entrance.under_way)
+        finally:
+            plain_socket.setdefaulttimeout(None)
+        gevent.sleep(0.03)
+        sock.sendall(V1 + ASK)
+        assert Peer(sock).receive()[3][0] == "192.0.2.7:5000"
 
 
 def test_the_longest_header_is_skipped(start: Start) -> None:
