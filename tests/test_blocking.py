@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from gevent.threadpool import ThreadPool
 import gmprpc
 from gmprpc import blocking
 from gmprpc.blocking import report_blocking
+from gmprpc.stacks import stack_of
 
 from .commands import serving
 from .helpers import Peer, collected, wait_until
@@ -204,41 +205,39 @@ def test_what_a_request_has_brought_is_not_held_after_that(
     assert not results
 
 
-def native_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def watching() -> int:
+    """How many threads watch a hub."""
+    code = blocking._Watch._run.__code__
+    return sum(any(place[0] is code for place in stack_of(frame)) for frame in sys._current_frames().values())
 
 
 def test_it_can_be_stopped_and_started_again() -> None:
-    before = native_threads()
     report_blocking(1000)
     report_blocking(1000)
-    wait_until(lambda: native_threads() == before + 1)
+    wait_until(lambda: watching() == 1)
     report_blocking(None)
-    wait_until(lambda: native_threads() == before)
+    wait_until(lambda: watching() == 0)
     report_blocking(0)
-    assert native_threads() == before
     assert gevent.get_hub() not in blocking._watches
     with pytest.raises(ValueError, match="seconds"):
         report_blocking(-1)
 
 
 def test_a_hub_that_ends_is_not_watched_any_longer() -> None:
-    before = native_threads()
     pool = ThreadPool(1)
-    watched: list[Any] = []
+    was_watched: list[bool] = []
 
     def watch() -> None:
         hub = gevent.get_hub()
         report_blocking(SECONDS)
-        watched.append(weakref.ref(hub))
-        gevent.sleep(2 * SECONDS)
+        wait_until(lambda: watching() == 1)
+        was_watched.append(hub in blocking._watches)
         hub.destroy(destroy_loop=True)
 
     pool.spawn(watch).get()
     pool.kill()
-    wait_until(lambda: native_threads() <= before)
-    gc.collect()
-    assert len(watched) == 1
+    wait_until(lambda: watching() == 0)
+    assert was_watched == [True]
 
 
 FORKING = """
