@@ -36,8 +36,11 @@ def log(
         show_failure()
 
 
-def show_failure(context: Any = None) -> None:
-    """Show the exception that is being handled where gevent shows its own, since the log has failed."""
+def show_failure(context: object = "the log") -> None:
+    """Show the exception that is being handled where gevent shows its own, since the log has failed.
+
+    ``context`` is what it has happened in, and not None, by which gevent would be told to end the main greenlet.
+    """
     with suppress(Exception):  # Standard error may be on the same disk.
         gevent.get_hub().handle_error(context, *sys.exc_info())
 

@@ -63,6 +63,15 @@ def test_a_log_that_fails_is_shown_where_gevent_shows_what_it_cant_raise(capfd: 
     assert "No space left on device" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("broken_log")
+def test_a_log_that_fails_is_no_reason_for_the_program_to_end(capfd: pytest.CaptureFixture[str]) -> None:
+    gevent.spawn(log, logger, logging.WARNING, "lost").join()  # The main greenlet, which waits, isn't struck.
+    log_soon(logger, logging.WARNING, "lost, too")
+    gevent.sleep(0)
+    gevent.idle()
+    assert capfd.readouterr().err.count("No space left on device") >= 2
+
+
 class Full(io.TextIOBase):
     """Is on the same disk."""
 
