@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Final
 
 from .connection import Call
-from .log import log
+from .log import show_failure
 from .observing import Observer
 from .outcome import Outcome
 from .requests import fields_of
 
 logger = logging.getLogger("gmprpc.access")
+
+_LINE: Final = "%s %s %s %s %.3f ms"
 
 
 class AccessLog(Observer):
@@ -30,7 +33,13 @@ class AccessLog(Observer):
             msgid = "-" if call.msgid is None else call.msgid
             words = _word(about["peer"]), _word(about["method"]), msgid, str(outcome)
             about |= {"outcome": str(outcome), "duration": duration}
-            log(logger, logging.INFO, "%s %s %s %s %.3f ms", *words, duration * 1000, **about)
+            # Without looking for who calls this: it would always be the same, and take a fifth of the time.
+            args = (*words, duration * 1000)
+            record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, _LINE, args, None, extra=about)
+            try:
+                logger.handle(record)
+            except Exception:
+                show_failure()
 
 
 def _word(text: str) -> str:

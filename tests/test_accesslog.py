@@ -86,7 +86,22 @@ def test_nothing_is_made_where_nobody_reads(
 ) -> None:
     caplog.set_level(logging.WARNING, LOGGER)
     made: list[object] = []
-    monkeypatch.setattr(accesslog, "log", lambda *args, **fields: made.append(args))
+    monkeypatch.setattr(accesslog.logger, "makeRecord", lambda *args, **_: made.append(args))
     peer.call("echo", 1)
     peer.call("echo", 2)  # By now the end of the first call has been told.
     assert not made
+
+
+def test_a_log_that_fails_costs_no_answer(
+    peer: Peer, lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(record: logging.LogRecord) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(accesslog.logger, "handle", fail)
+    assert peer.call("echo", 1) == [1, 0, None, 1]
+    assert peer.call("echo", 2) == [1, 0, None, 2]
+    assert "no space left" in capfd.readouterr().err
+    monkeypatch.undo()
+    peer.call("echo", 3)
+    wait_until(lambda: lines)
