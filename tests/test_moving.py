@@ -18,6 +18,7 @@ import pytest
 import gmprpc
 from gmprpc.link import Link
 
+from .certificates import Certificates
 from .counting import CountingServer, outcome
 from .helpers import Peer, Scripted, wait_until
 from .programs import FORKING_PYTHON, Program
@@ -461,6 +462,34 @@ def test_a_thread_may_end_while_it_waits_for_the_answer(draining: gmprpc.Client,
     with pytest.raises((EOFError, ConnectionError)):
         peer.receive()
     wait_until(lambda: not thread.is_alive())
+
+
+def test_a_certificate_that_the_server_misses_is_told_at_once(tmp_path: Path) -> None:
+    # In TLS 1.3 the client takes the handshake for good before the server has seen that there is none.
+    certificates = Certificates(tmp_path)
+    context = gmprpc.tls.server_context(certificates.server, client_cafile=certificates.authority)
+    client_context = gmprpc.tls.client_context(certificates.authority)
+    with gmprpc.Server(("127.0.0.1", 0), ssl_context=context) as server:
+        client = gmprpc.Client(server.address, draining=True, ssl_context=client_context, server_hostname="localhost")
+        with pytest.raises(gmprpc.ConnectFailed, match="certificate required"):
+            client.call("call")
+        client.close()
+
+
+def test_who_has_yet_to_be_let_in_may_announce_himself(service: gmprpc.Service) -> None:
+    server = gmprpc.Server(
+        ("127.0.0.1", 0), service, authenticate=lambda _, message: message[2:] == ["echo", ["secret"]]
+    )
+    server.start()
+    with gmprpc.Client(server.address, draining=True, retry_interval=None) as client:
+        assert client.call("echo", "secret") == "secret"
+        held = client.call_async("hold", "held")
+        wait_until(lambda: server.statistics()["in_flight"] == 1)
+        stopping = gevent.spawn(server.stop)
+        wait_until(lambda: not client.is_connected)
+        service.methods["release"]()
+        assert held.get() == "held"
+        assert stopping.get() == 0
 
 
 # Balancers.
