@@ -12,7 +12,7 @@ import os
 from functools import wraps
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery, Task, uuid
 from celery.result import AsyncResult
 
 import gmprpc
@@ -39,7 +39,12 @@ def method(task: Task) -> Task:
 
     @wraps(task.run)
     def send(*params: Any) -> gmprpc.Reply:
-        result = task.delay(*params)
+        task_id = uuid()
+        try:
+            result = task.apply_async(params, task_id=task_id)
+        except gmprpc.CallCancelled:  # It may have been sent by now.
+            app.control.revoke(task_id, terminate=True)
+            raise
         reply = gmprpc.Reply()
 
         def answer(result: AsyncResult) -> None:  # Called by the one greenlet of Celery's that waits for all results.

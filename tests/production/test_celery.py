@@ -15,24 +15,24 @@ import pytest
 
 import gmprpc
 from tests.helpers import wait_until
-from tests.programs import DEADLINE, Program
+from tests.programs import Program
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "celery_service.py"
 
 #: The example's service with tasks that tell when they begin: each adds a line to the file of its name, with the number
 #: of the process that is at work on it.
-TASKS = f"""
+TASKS = '''
 import os, time
 from pathlib import Path
 from celery_service import app, method, service
 
 directory = Path(__file__).parent
 # What a worker that has died had is given to another one as soon as can be.
-app.conf.broker_transport_options = {{
+app.conf.broker_transport_options = {
     "visibility_timeout": float(os.environ.get("VISIBILITY", "180")),
     "unacked_restore_interval": 1,
     "unacked_restore_throttle": 1,
-}}
+}
 
 @method
 @app.task
@@ -49,12 +49,25 @@ def fail(message):
 def hold(name):
     with (directory / name).open("a") as file:
         print(os.getpid(), file=file)
-    late = time.monotonic() + {DEADLINE}
-    while not (directory / f"{{name}}.go").exists():
+    late = time.monotonic() + 60
+    while not (directory / f"{name}.go").exists():
         assert time.monotonic() < late
         time.sleep(0.01)
     return name
-"""
+
+class SlowlySent(app.Task):
+    """What sends it doesn't know yet that it has."""
+
+    def apply_async(self, *args, **options):
+        result = super().apply_async(*args, **options)
+        time.sleep(60)
+        return result
+
+@method
+@app.task(base=SlowlySent)
+def hold_slowly(name):
+    return hold.run(name)
+'''
 
 
 class Tasks:
@@ -153,6 +166,15 @@ def test_a_call_that_is_cancelled_ends_its_task(tasks: Tasks, client: gmprpc.Cli
     assert client.call("echo", 1) == 1  # Comes behind both.
     assert tasks.processes("running") == [process]
     assert tasks.processes("waiting") == []
+
+
+def test_a_call_that_is_cancelled_while_its_task_is_being_sent_ends_it(tasks: Tasks, client: gmprpc.Client) -> None:
+    tasks.start_worker("--concurrency", "1")
+    call = client.call_async("hold_slowly", "it")
+    process = tasks.wait_begun("it")
+    call.cancel()
+    wait_until(lambda: not is_alive(process))
+    assert client.call("echo", 1) == 1
 
 
 def test_a_call_that_takes_too_long_ends_its_task(tasks: Tasks, client: gmprpc.Client) -> None:
