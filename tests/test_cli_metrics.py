@@ -129,6 +129,16 @@ def test_it_answers_until_the_very_end_and_is_not_ready_from_the_signal_on(app_d
     assert not (tmp_path / "admin").exists()
 
 
+def test_it_is_not_ready_while_whoever_calls_is_still_served(app_dir: Path) -> None:
+    with observing(app_dir, "--drain-delay=60") as observed:
+        observed.program.kill(signal.SIGTERM)
+        wait_until(lambda: get(observed.admin, "/readyz").status == 503)
+        with Peer.connect(observed.address) as peer:
+            assert peer.call("greet") == [1, 0, None, None]
+        observed.program.kill(signal.SIGINT)
+        assert observed.program.wait() == 0
+
+
 def test_over_standard_streams_it_answers_too(tmp_path: Path) -> None:
     admin = f"unix:{tmp_path}/admin"
     process = run("serve", "--stdio", "--metrics-bind", admin)  # There is nothing to read.
