@@ -217,6 +217,8 @@ class Server(Registry):
         for observer in observers:
             self.add_observer(observer)
         self._counters = Counters()
+        #: The hook that lets connections in, as it was given.
+        self.authenticate = authenticate
         self._authentication = None if authenticate is None else Authentication(authenticate, self._counters)
         self._acceptors: list[Acceptor] = []  # One for each listener, while they are open.
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.
@@ -480,13 +482,14 @@ class Server(Registry):
             return
         if (taken_in := self._entrance.take_in(socket, address, self.ssl_context)) is None:
             return
-        connection = self._connection_on(*taken_in)
-        del self._arrivals[socket], taken_in
-        self._farewells.limit_age(connection)
+        stream, peer = taken_in
         try:
+            connection = self._connection_on(stream, peer)
+            del self._arrivals[socket], taken_in, stream
+            self._farewells.limit_age(connection)
             self._live(connection)
         finally:
-            self._entrance.let_out(connection.peer)
+            self._entrance.let_out(peer)
 
     def _connection_on(self, stream: Stream, peer: Any) -> Connection:
         if self.counts_bytes:

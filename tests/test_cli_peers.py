@@ -17,6 +17,7 @@ APP = """
 import gmprpc
 
 service = gmprpc.Service()
+server = gmprpc.Server(None, service, authenticate=lambda connection, message: message[2] == "who")
 
 
 @service.method
@@ -57,6 +58,17 @@ def test_others_are_refused_and_nobody_is_waited_for_long() -> None:
         with connected(served) as peer:
             assert peer.receive_rest() == []
         served.expect("proxy_allow_from doesn't have it")
+
+
+def test_a_server_lets_in_whom_it_wants_to_let_in_here_too(app_dir: Path) -> None:
+    with serving("--app-dir", app_dir, "app:server") as served:
+        with connected(served) as peer:
+            assert peer.call("who")[2] is None
+            assert peer.call("$/list")[2] is None
+        with connected(served) as peer:
+            assert peer.call("$/health") == [1, 0, None, "SERVING"]
+            peer.send([0, 1, "$/list", []])
+            assert peer.receive_rest() == [[1, 1, "not authenticated", None]]
 
 
 def test_one_peer_may_have_so_many_connections() -> None:

@@ -14,8 +14,8 @@ from gmprpc.service import Service
 from .exits import Misuse, Unreachable
 
 
-def load_service(target: str, *, app_dir: str, factory: bool) -> Service:
-    """The service that ``target``, a MODULE:ATTR, names; ATTR may have dots, and may be a Server.
+def load_service(target: str, *, app_dir: str, factory: bool) -> Service | Server:
+    """The service that ``target``, a MODULE:ATTR, names, or the server that has it; ATTR may have dots.
 
     The module is looked for in ``app_dir`` first. With ``factory`` the attribute is called for the service.
 
@@ -35,9 +35,7 @@ def load_service(target: str, *, app_dir: str, factory: bool) -> Service:
         if isinstance(exc, Unreachable):
             raise
         _report(exc, target, app_dir)
-    if isinstance(found, Server):
-        return found.service
-    if isinstance(found, Service):
+    if isinstance(found, (Service, Server)):
         return found
     hint = "" if factory or not callable(found) else "; if it makes one, add --factory"
     raise Unreachable(f"{target} is no gmprpc.Service or gmprpc.Server, but of type {type(found).__name__}{hint}.")

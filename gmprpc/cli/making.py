@@ -11,14 +11,16 @@ from gmprpc.service import Service
 from . import certificates, limits, logs, otel, peers, stopping
 
 
-def make_server(service: Service, settings: Mapping[str, Any], listener: Any = None) -> Server:
-    """The server of ``service`` that the options in ``settings``, each by its name, describe.
+def make_server(app: Service | Server, settings: Mapping[str, Any], listener: Any = None) -> Server:
+    """The server of the service ``app`` that the options in ``settings``, each by its name, describe.
 
-    Without a ``listener`` it listens nowhere: it serves a stream, or is told later where.
+    If ``app`` is a server it is one of the same service, which lets in whom that one lets in: to have forgotten that
+    would be no small thing. Without a ``listener`` it listens nowhere: it serves a stream, or is told later where.
     """
     server = Server(
         listener,
-        service,
+        app.service if isinstance(app, Server) else app,
+        authenticate=app.authenticate if isinstance(app, Server) else None,
         **limits.keywords(settings, listener),
         **peers.keywords(settings),
         **certificates.keywords(settings),

@@ -88,8 +88,8 @@ def serve(
 ) -> None:
     """Serve the service ATTR of MODULE, or a demo.
 
-    ATTR is a gmprpc.Service, or a gmprpc.Server, of which only the service counts: where it listens, its limits and its
-    hooks don't.
+    ATTR is a gmprpc.Service, or a gmprpc.Server, of which only the service counts, and whom it lets in (authenticate):
+    where it listens, its limits and its other hooks don't.
 
     SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. SIGINT doesn't wait for
     the delay, and a second one stops at once. SIGHUP reads the certificate again, if there is one.
@@ -165,7 +165,7 @@ def _workers() -> ModuleType:
     return workers
 
 
-def _load(app: str | None, app_dir: str, factory: bool, settings: Mapping[str, Any]) -> Service:
+def _load(app: str | None, app_dir: str, factory: bool, settings: Mapping[str, Any]) -> Service | Server:
     service = demo.service if app is None else load_service(app, app_dir=app_dir, factory=factory)
     # After the application, which may have an idea of its own; then this does nothing.
     logs.configure(settings)
