@@ -15,7 +15,6 @@ from tests.helpers import wait_until
 from tests.programs import FORKING_PYTHON, Program
 
 APP = '''
-import mmap
 import os
 import pathlib
 import time
@@ -36,11 +35,6 @@ server = gmprpc.Server(
     on_dispatch=lambda connection, message: DISPATCHED.append(message[2]),
     socket_mode=0o600,
 )
-healths = []
-
-if (HERE / "ledger").exists():
-    with (HERE / "ledger").open("r+b") as file:
-        ledger = mmap.mmap(file.fileno(), 0)
 
 
 @service.method
@@ -89,14 +83,6 @@ def block():
     (HERE / "block.begun").touch()
     while True:
         sum(range(1000))
-
-
-@service.method
-def count(number):
-    """Counts how often it is called with each number, and takes a moment, as work does."""
-    ledger[number] += 1
-    gevent.sleep(0.002)
-    return number
 
 
 def wsgi(environ, start_response):
