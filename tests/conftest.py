@@ -24,7 +24,7 @@ def _deadline() -> Iterator[None]:
 
 
 @pytest.fixture
-def service() -> gmprpc.Service:
+def service() -> Iterator[gmprpc.Service]:
     """``echo``, ``add``, ``fail``, and ``hold``, which answers with its param when ``release`` is called."""
     service = gmprpc.Service()
     released = Event()
@@ -50,7 +50,10 @@ def service() -> gmprpc.Service:
     def release() -> None:
         released.set()
 
-    return service
+    yield service
+    # No garbage collector finds a greenlet that waits: those that a test has cut off would be there for ever.
+    released.set()
+    gevent.idle()
 
 
 @pytest.fixture
