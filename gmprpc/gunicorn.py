@@ -123,6 +123,7 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
         hub.reinit()
         # Gevent's, as the server needs them; the descriptors go on being gunicorn's, which knows them by other objects.
         self.sockets = [socket.socket(s.FAMILY, socket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets]
+        os.register_at_fork(after_in_child=self._let_go)
         self._woken = Event()
         self._is_urgent = False
         self._is_retired = False
@@ -141,6 +142,11 @@ class Worker(base.Worker):  # type: ignore[misc]  # gunicorn has no type hints
             while True:
                 if master.SIG_QUEUE.get_nowait() in _STOP_SIGNALS:
                     self._be_told()
+
+    def _let_go(self) -> None:
+        """Hold no listener open in a process that a method forks off: it may live longer than all of gunicorn."""
+        for listener in self.sockets:
+            listener.close()
 
     def load_wsgi(self) -> None:
         """Have the application loaded, and make it ready to serve; called by gunicorn."""

@@ -85,6 +85,18 @@ def block():
         sum(range(1000))
 
 
+@service.method
+def fork():
+    """Starts a process that lives on, with nothing to say; answers its pid."""
+    pid = os.fork()
+    if pid == 0:
+        os.close(1)
+        os.close(2)
+        monkey.get_original("time", "sleep")(60)
+        os._exit(0)
+    return pid
+
+
 def wsgi(environ, start_response):
     return []
 

@@ -18,7 +18,7 @@ import trustme
 
 import gmprpc
 from gmprpc import tls
-from tests.helpers import Peer, wait_until
+from tests.helpers import Peer, is_listening, wait_until
 from tests.programs import DEADLINE, Program
 
 from . import gunicorn as programs
@@ -78,6 +78,11 @@ def call(fleet: Fleet, method: str, *params: Any) -> Any:
     """One call, over a connection of its own."""
     with gmprpc.Client(fleet.addresses[0]) as client:
         return client.call(method, *params, timeout=DEADLINE)
+
+
+def address_of(fleet: Fleet) -> tuple[str, int]:
+    host, port = fleet.addresses[0].split(":")
+    return host, int(port)
 
 
 def begin(fleet: Fleet, home: Path, method: str, name: str) -> gevent.Greenlet:
@@ -144,8 +149,7 @@ def test_what_gunicorn_is_told_of_connections_and_tls_counts(start_gunicorn: Sta
 
 def test_what_gunicorn_is_told_of_proxies_and_its_log_counts(start_gunicorn: Start) -> None:
     fleet = start_gunicorn(*ANY_PORT, "--proxy-protocol", "v1", "--access-logfile", "-", "--error-logfile", "-")
-    host, port = fleet.addresses[0].split(":")
-    with Peer.connect((host, int(port))) as peer:
+    with Peer.connect(address_of(fleet)) as peer:
         peer.send_bytes(b"PROXY TCP4 192.0.2.1 192.0.2.2 1234 4423\r\n")
         assert peer.call("version") == [1, 0, None, 1]
     assert re.fullmatch(r"\[.+\] \[\d+\] \[INFO\] 192\.0\.2\.1:1234 version 0 ok .* ms", fleet.line_with(" version "))
@@ -302,6 +306,18 @@ def test_a_delay_is_for_those_who_have_to_learn_that_nobody_serves_any_more(star
     lines = fleet.lines()
     assert any("1 requests were cut after 2 s" in line for line in lines), lines
     assert fleet.wait() == 0
+
+
+def test_a_process_that_a_method_forks_off_holds_nothing_open(start_gunicorn: Start) -> None:
+    fleet = start_gunicorn("-w", "1", *ANY_PORT)
+    with gmprpc.Client(fleet.addresses[0]) as client:
+        child = client.call("fork")
+        try:
+            fleet.terminate()
+            wait_until(fleet.has_ended)
+            assert not is_listening(address_of(fleet))
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGQUIT])
