@@ -76,8 +76,14 @@ def place() -> Any:
 
 def hand_over(uid: int, gid: int) -> None:
     """Let a worker have its metrics in the directory that will run as another user; called while it still may."""
-    if _made_directory is not None and (uid, gid) != (os.geteuid(), os.getegid()):
-        os.chown(_made_directory, uid, gid)
+    if _made_directory is None or (uid, gid) == (os.geteuid(), os.getegid()):
+        return
+    # A worker before this one, which has had the directory, may have put a link to something else in its place.
+    directory = os.open(_made_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchown(directory, uid, gid)
+    finally:
+        os.close(directory)
 
 
 def _listen(bind: str) -> Any:

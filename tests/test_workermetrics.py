@@ -168,3 +168,29 @@ def test_a_worker_that_becomes_another_user_can_write_its_metrics() -> None:
     with Program(*FORKING_PYTHON, "-c", textwrap.dedent(SUCCESSOR), env={VARIABLE: ""}) as program:
         assert program.lines() == ["0"]
         assert program.wait() == 0
+
+
+IMPOSTOR = """
+    import os
+
+    from gmprpc.workermetrics import hand_over, prepare
+
+    prepare("127.0.0.1:0")
+    directory = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    os.mkdir(directory + ".other")
+    os.rename(directory, directory + ".own")
+    os.symlink(directory + ".other", directory)
+    try:
+        hand_over(12345, 12346)
+    except OSError as exc:
+        print(type(exc).__name__)
+    print(os.stat(directory + ".other").st_uid)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give something away")
+def test_what_a_worker_has_put_in_the_place_of_its_directory_is_not_given_to_the_next_one(tmp_path: Path) -> None:
+    env = {VARIABLE: "", "TMPDIR": str(tmp_path)}
+    with Program(*FORKING_PYTHON, "-c", textwrap.dedent(IMPOSTOR), env=env) as program:
+        assert program.lines() == ["NotADirectoryError", "0"]
+        assert program.wait() == 0
