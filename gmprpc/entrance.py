@@ -97,6 +97,7 @@ class Entrance:
                         peer = with_certificate(peer, certificate)
             except BaseException:  # It may be a kill, by who stops the server.
                 plain.close()
+                self._arrivals.pop(sock, None)  # In a process that was forked off it isn't there any more.
                 raise
             inside = None  # It is the caller's.
             return stream, peer

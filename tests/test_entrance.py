@@ -17,6 +17,7 @@ import gevent
 import msgpack
 import pytest
 from gevent import socket
+from gevent.server import StreamServer
 
 import gmprpc
 from gmprpc import entrance
@@ -533,6 +534,23 @@ def test_a_connection_keeps_nothing_of_its_entrance(start: Start) -> None:
         assert not server._arrivals
         gc.collect()
         assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "HeaderReader"]
+
+
+def test_nothing_is_kept_of_a_handshake_that_fails_on_what_another_server_has_accepted(
+    service: gmprpc.Service, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    server = gmprpc.Server(None, service, ssl_context=contexts[0])
+    acceptor = StreamServer(("127.0.0.1", 0), server)
+    acceptor.start()
+    try:
+        with Peer.connect(acceptor.address) as peer:
+            peer.send_bytes(ASK)
+            rest_of(peer)
+        wait_until(lambda: not server._greenlets)
+        assert server.statistics()["failed_handshakes"] == 1
+        assert not server._arrivals
+    finally:
+        acceptor.stop()
 
 
 @pytest.mark.parametrize(
