@@ -70,10 +70,10 @@ class Client:
     when somebody calls, or at once with ``keep_connected``, which is for clients that are called by their servers.
 
     A server that is about to let a connection go says so with the notification ``$/draining``: nothing more is sent
-    there, another connection is made at once, for what is called from then on, and the old one is closed when all its
-    answers are in. It says so to those on whose connections it was ever asked for ``$/health``. With ``draining`` it is
-    asked on each connection, before any call: so no call is lost when the server is restarted. Servers that don't know
-    that method may close the connection; any answer will do.
+    there, another connection is made at once, for what is called from then on (with ``retry_interval=None`` only when
+    somebody calls), and the old one is closed when all its answers are in. It says so to those on whose connections it
+    was ever asked for ``$/health``. With ``draining`` it is asked on each connection, before any call: so no call is
+    lost when the server is restarted. Servers that don't know that method may close the connection; any answer will do.
 
     At most ``max_pending`` calls wait for their answers on one connection; further ones wait their turn, as they do
     while more than ``max_unsent_size`` bytes wait to be sent.

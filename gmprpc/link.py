@@ -480,8 +480,9 @@ class Link:
             return
         connection.finish()
         if connection is self.connection:
-            limit = self._options.connect_timeout
-            self._wanted_until = perf_counter() + (CONNECT_TIMEOUT if limit is None else limit)
+            if self._backoff is not None:  # Or else who lets go of whoever comes would be tried without a pause.
+                limit = self._options.connect_timeout
+                self._wanted_until = perf_counter() + (CONNECT_TIMEOUT if limit is None else limit)
             self._wait_for_another(connection)
 
     def _limit_wait(self, waiting: _Waiting) -> None:

@@ -228,6 +228,22 @@ def test_a_server_that_sends_everybody_away_is_tried_after_ever_longer_times(
     assert link_of(client)._backoff.failures == 1
 
 
+def test_where_nothing_makes_attempts_rarer_only_a_call_makes_one(
+    make_client: Callable[..., gmprpc.Client], scripted: Scripted
+) -> None:
+    client = make_client(retry_interval=None)
+    for number in range(3):
+        call = client.call_async("call", number)
+        with scripted.accept() as peer:
+            answer(peer)
+            call.get()
+            peer.send(DRAINING)
+            wait_until(lambda: not client.is_connected)
+            assert peer.receive_rest() == []
+        wait_until(lambda: link_of(client)._connecting is None)
+    assert client.statistics()["connections"] == 3
+
+
 def test_who_doesnt_call_gives_up_after_a_while(make_client: Callable[..., gmprpc.Client], scripted: Scripted) -> None:
     client = make_client(connect_timeout=0.05)
     client.connect()
