@@ -85,6 +85,8 @@ class Farewells:
         It is told at once, before that answer, if this connection is about to end: so who waits for the answer before
         he sends a call never sends one that isn't read.
         """
+        if connection.is_closed:  # A hook has kept the question waiting for so long. What is noted now nobody forgets.
+            return
         self._announced.add(connection)
         leaver = self._leavers.get(connection)
         if leaver is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import gevent
 import pytest
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 
 import gmprpc
 
@@ -180,6 +180,26 @@ def test_who_announces_himself_in_the_queue_is_told_before_he_is_answered(server
         for peer in peers:
             assert peer.receive_rest() == [DRAINING, [1, 1, None, "NOT_SERVING"], [1, 2, None, 3]]
             peer.close()
+
+
+def test_nothing_is_kept_of_who_announces_himself_and_goes_before_he_is_heard(service: gmprpc.Service) -> None:
+    release, heard = Event(), Event()
+
+    def on_dispatch(connection: gmprpc.Connection, message: Any) -> None:
+        release.wait()
+        heard.set()
+
+    with gmprpc.Server(("127.0.0.1", 0), service, on_dispatch=on_dispatch) as server:
+        with Peer.connect(server.address) as peer:
+            peer.send([0, 1, "$/health", []])
+            wait_until(lambda: server.statistics()["in_flight"])
+            (connection,) = server.connections
+            connection.abort()
+            wait_until(lambda: not server.connections)
+        release.set()
+        heard.wait()
+        wait_until(lambda: not connection.in_flight)
+        assert not server._farewells._announced
 
 
 def test_who_asks_again_is_told_again_before_he_is_answered(server: gmprpc.Server) -> None:
