@@ -6,7 +6,7 @@ It accepts nothing and knows no listener: it is told how to close it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from random import uniform
 from time import perf_counter
@@ -187,7 +187,7 @@ class Stopping:
         close: Callable[[], None],
         greenlets: ConnectionGreenlets,
         connections: Mapping[Any, Connection],
-        handshakes: Set[Any],
+        handshakes: set[Any],
         farewells: Farewells,
         catch_up: Callable[[float], None],
     ) -> None:
@@ -204,7 +204,8 @@ class Stopping:
         self._catch_up = catch_up
         self._farewells = farewells
         self._delay_over = Event()
-        self._is_revoked = False
+        #: True if all goes on instead.
+        self.is_revoked = False
 
     def stop(self, hub: Any, timeout: float | None, delay: float) -> int:
         """Stop, and wait for it, where that can be; ``hub`` is the server's. See :meth:`gmprpc.Server.stop`."""
@@ -222,7 +223,7 @@ class Stopping:
 
     def revoke(self) -> None:
         """The server is started again, in the delay: all goes on."""
-        self._is_revoked = True
+        self.is_revoked = True
         self._delay_over.set()
         self.over.set()
 
@@ -230,14 +231,14 @@ class Stopping:
         self.is_begun = True
         if delay and not self.is_parting:
             self._delay_over.wait(delay)
-        if self._is_revoked:
+        if self.is_revoked:
             return 0
         self._delay_over.set()  # For those who wanted to wait longer.
         self.is_parting = True
         self._close()
-        # A request may have come right behind the handshake; but most who are still at it have nothing to say.
-        handshakes = gevent.spawn_later(_HANDSHAKE_GRACE, self._end_handshakes)
         greenlets = list(self._greenlets)  # Not those that come after another start.
+        # A request may have come right behind the handshake; but most who are still at it have nothing to say.
+        handshakes = gevent.spawn_later(_HANDSHAKE_GRACE, self._end_handshakes, greenlets)
         if timeout != 0:  # Or else nobody has the time to understand.
             self._part_with_all(greenlets)
         last_moment = min(_LAST_MOMENT, _LAST_PART * timeout) if timeout else 0.0
@@ -269,8 +270,8 @@ class Stopping:
             if number % _AT_ONCE == 0:
                 gevent.sleep(0.001)  # Not 0, which lets neither timers nor other sockets in.
 
-    def _end_handshakes(self) -> None:
-        gevent.killall(self._handshakes, block=False)
+    def _end_handshakes(self, greenlets: Iterable[Any]) -> None:
+        gevent.killall(self._handshakes.intersection(greenlets), block=False)
 
     def _has_live_connection(self, greenlet: Any) -> bool:
         connection = self._connections.get(greenlet)

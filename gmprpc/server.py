@@ -380,7 +380,11 @@ class Server(Registry):
             if gevent.get_hub().main_hub:  # Also where monkey-patching has made a thread of each greenlet.
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     _handle_signal(stack, signum, partial(self._on_signal, signum, timeout))
-            self._stopping.over.wait()
+            while True:
+                stopping = self._stopping
+                stopping.over.wait()
+                if not stopping.is_revoked:
+                    return
 
     def _on_signal(self, signum: int, timeout: float | None) -> None:
         if signum != signal.SIGINT:

@@ -20,6 +20,7 @@ from .helpers import Peer, is_listening, wait_until
 from .programs import Program
 
 DRAINING = [2, "$/draining", []]
+HEADER = b"PROXY TCP4 192.0.2.7 127.0.0.1 5000 4423\r\n"
 
 
 @pytest.fixture
@@ -91,6 +92,46 @@ def test_a_server_that_is_started_in_the_delay_goes_on(server: gmprpc.Server, pe
     with stopping(server):
         assert peer.receive() == DRAINING
         peer.close()
+
+
+def test_who_serves_forever_goes_on_with_a_server_that_is_started_in_the_delay(server: gmprpc.Server) -> None:
+    serving = gevent.spawn(server.serve_forever)
+    with stopping(server, drain_delay=10):
+        server.start()
+    gevent.sleep(0.01)
+    assert not serving.ready()
+    server.stop()
+    serving.get()
+
+
+def test_a_stop_ends_no_handshake_that_came_after_another_start(
+    service: gmprpc.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gmprpc.draining._HANDSHAKE_GRACE", 0.02)
+    begun, release = Event(), Event()
+
+    def busy() -> None:
+        begun.set()
+        release.wait()
+
+    service.register(busy)
+    server = gmprpc.Server(("127.0.0.1", 0), service, proxy_protocol="v1")
+    with server, Peer.connect(server.address) as old, Peer.connect(server.address) as slow:
+        old.send_bytes(HEADER)
+        old.send([0, 1, "busy", []])
+        begun.wait()
+        wait_until(lambda: len(server._entrance.under_way) == 1)
+        stop = gevent.spawn(server.stop, 10)
+        wait_until(lambda: not server.started)
+        server.start()
+        with Peer.connect(server.address) as new:
+            wait_until(lambda: len(server._entrance.under_way) == 2)
+            assert slow.receive_rest() == []
+            new.send_bytes(HEADER)
+            new.send([0, 1, "echo", [1]])
+            assert new.receive() == [1, 1, None, 1]
+        release.set()
+        stop.get()
 
 
 def test_a_server_that_nobody_can_connect_to_has_no_delay(service: gmprpc.Service, server: gmprpc.Server) -> None:
