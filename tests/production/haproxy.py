@@ -20,8 +20,8 @@ from tests.programs import Program
 #: The configuration that users are shown.
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "haproxy.cfg"
 
-# Where a configuration has the socket that is asked.
-_ADMIN_SOCKET = "/run/haproxy/admin.sock"
+#: Where a configuration has the socket that is asked.
+ADMIN_SOCKET = "/run/haproxy/admin.sock"
 
 
 def configuration(bind: tuple[str, int], servers: Mapping[str, Any]) -> str:
@@ -52,10 +52,10 @@ class HAProxy(Program):
     """An HAProxy in the foreground, a master and its worker; what it logs to its standard output is its output."""
 
     def __init__(self, executable: str, configuration: str, directory: Path) -> None:
-        assert _ADMIN_SOCKET in configuration
+        assert ADMIN_SOCKET in configuration
         self._admin = directory / "admin.sock"
         file = directory / "haproxy.cfg"
-        file.write_text(configuration.replace(_ADMIN_SOCKET, str(self._admin)), encoding="utf-8")
+        file.write_text(configuration.replace(ADMIN_SOCKET, str(self._admin)), encoding="utf-8")
         self._master = directory / "master.sock"
         super().__init__(executable, "-W", "-db", "-S", self._master, "-f", file)
 
