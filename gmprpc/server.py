@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial, wraps
+from types import MappingProxyType
 from typing import Any, Self
 
 import gevent
@@ -217,8 +218,16 @@ class Server(Registry):
         for observer in observers:
             self.add_observer(observer)
         self._counters = Counters()
-        #: The hook that lets connections in, as it was given.
-        self.authenticate = authenticate
+        #: The hooks as they were given, each by its keyword; None where there is none.
+        self.hooks: Mapping[str, Hook | None] = MappingProxyType(
+            {
+                "on_accept": on_accept,
+                "on_dispatch": on_dispatch,
+                "authenticate": authenticate,
+                "on_error": on_error,
+                "on_eof": on_eof,
+            }
+        )
         self._authentication = None if authenticate is None else Authentication(authenticate, self._counters)
         self._acceptors: list[Acceptor] = []  # One for each listener, while they are open.
         self._connections: dict[Any, Connection] = {}  # Each with the greenlet that is its life.

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from .commands import Served, assert_misused, run, serving
+from .certificates import Certificates
+from .commands import Served, assert_fails, assert_misused, result_of, run, serving
 from .helpers import Peer
 
 V1 = b"PROXY TCP4 192.0.2.7 127.0.0.1 5000 4423\r\n"
@@ -18,6 +19,21 @@ import gmprpc
 
 service = gmprpc.Service()
 server = gmprpc.Server(None, service, authenticate=lambda connection, message: message[2] == "who")
+
+
+def allow(connection, message):
+    if message[2] == "$/list":
+        raise gmprpc.ErrorResponse("not for you")
+
+
+choosy = gmprpc.Server(
+    None,
+    service,
+    on_accept=lambda socket, address: print("accepted", flush=True),
+    on_dispatch=allow,
+    on_eof=lambda connection: print("over", flush=True),
+    ssl_context=gmprpc.tls.server_context("{certificate}", client_cafile="{authority}"),
+)
 
 
 @service.method
@@ -30,7 +46,9 @@ def who():
 def app_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the module `app` is."""
     directory = tmp_path_factory.mktemp("app")
-    (directory / "app.py").write_text(APP, encoding="utf-8")
+    certificates = Certificates(directory)
+    text = APP.format(certificate=certificates.server, authority=certificates.authority)
+    (directory / "app.py").write_text(text, encoding="utf-8")
     return directory
 
 
@@ -69,6 +87,17 @@ def test_a_server_lets_in_whom_it_wants_to_let_in_here_too(app_dir: Path) -> Non
             assert peer.call("$/health") == [1, 0, None, "SERVING"]
             peer.send([0, 1, "$/list", []])
             assert peer.receive_rest() == [[1, 1, "not authenticated", None]]
+
+
+def test_the_hooks_of_a_server_and_its_tls_count_here_too(app_dir: Path) -> None:
+    authority, certificate = app_dir / "authority.pem", app_dir / "client.pem"
+    with serving("--app-dir", app_dir, "app:choosy") as served:
+        address = served.addresses[0].replace("127.0.0.1", "localhost")
+        assert result_of("--cafile", authority, "--certfile", certificate, address, "who")[1] is False
+        assert [served.expect("^(accepted|over)$") for _ in range(2)] == ["accepted", "over"]
+        forbidden = run("call", "--cafile", authority, "--certfile", certificate, address, "$/list")
+        assert_fails(forbidden, 1, "not for you")
+        assert run("call", "--cafile", authority, address, "who").returncode  # It shows no certificate.
 
 
 def test_one_peer_may_have_so_many_connections() -> None:

@@ -88,8 +88,8 @@ def serve(
 ) -> None:
     """Serve the service ATTR of MODULE, or a demo.
 
-    ATTR is a gmprpc.Service, or a gmprpc.Server, of which only the service counts, and whom it lets in (authenticate):
-    where it listens, its limits and its other hooks don't.
+    ATTR is a gmprpc.Service, or a gmprpc.Server, of which the service counts, the hooks, and its ssl_context unless
+    there is a --certfile: where it listens and its limits don't.
 
     SIGTERM and SIGINT (Ctrl-C) stop gracefully: whatever has been received is still answered. SIGINT doesn't wait for
     the delay, and a second one stops at once. SIGHUP reads the certificate again, if there is one.
