@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,10 +113,19 @@ def answer_of(client: gmprpc.Client | gmprpc.Balancer) -> Any:
         return client.call("sum", 1, 2, 3)
 
 
-def assert_tells_over_http(address: Address) -> None:
-    for path in ("metrics", "livez", "readyz"):
+def status_of(address: Address, path: str) -> int:
+    try:
         with urllib.request.urlopen("http://{}:{}/{}".format(*address, path), timeout=20) as answer:
-            assert answer.status == 200
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def assert_tells_over_http(address: Address) -> None:
+    assert status_of(address, "livez") == status_of(address, "metrics") == 200
+    # A worker that doesn't serve yet hears within a second that another one does.
+    wait_until(lambda: status_of(address, "readyz") == 200)
 
 
 @pytest.mark.parametrize("command", [command for command in SERVE if "--proxy-protocol" not in command])
