@@ -92,7 +92,9 @@ def test_amid_the_import_of_the_application(tmp_path: Path, path: Path, what: st
         if "computing" in IMPORTING[what]:  # What strikes before is raised when the loop gets its turn, and so never.
             assert program.line() == "computing"
         program.terminate()
-        assert program.lines() == []
+        said = program.lines()
+        # With Python 3.13 gevent says so now and then, when it has been left amid a wait.
+        assert said == [] or said[0] == "Exception ignored on threading shutdown:"
         ends_in_order(program, path)
 
 
