@@ -8,8 +8,10 @@ from pathlib import Path
 import msgpack
 import pytest
 
+import gmprpc
+
 from .certificates import Certificates
-from .commands import Served, assert_fails, assert_misused, result_of, run, serving
+from .commands import Served, assert_misused, run, serving
 from .helpers import Peer
 
 V1 = b"PROXY TCP4 192.0.2.7 127.0.0.1 5000 4423\r\n"
@@ -90,14 +92,17 @@ def test_a_server_lets_in_whom_it_wants_to_let_in_here_too(app_dir: Path) -> Non
 
 
 def test_the_hooks_of_a_server_and_its_tls_count_here_too(app_dir: Path) -> None:
-    authority, certificate = app_dir / "authority.pem", app_dir / "client.pem"
+    known = gmprpc.tls.client_context(app_dir / "authority.pem", certfile=app_dir / "client.pem")
+    stranger = gmprpc.tls.client_context(app_dir / "authority.pem")
     with serving("--app-dir", app_dir, "app:choosy") as served:
         address = served.addresses[0].replace("127.0.0.1", "localhost")
-        assert result_of("--cafile", authority, "--certfile", certificate, address, "who")[1] is False
+        with gmprpc.Client(address, ssl_context=known) as client:
+            assert client.call("who")[1] is False
+            with pytest.raises(gmprpc.RemoteError, match="not for you"):
+                client.call("$/list")
         assert [served.expect("^(accepted|over)$") for _ in range(2)] == ["accepted", "over"]
-        forbidden = run("call", "--cafile", authority, "--certfile", certificate, address, "$/list")
-        assert_fails(forbidden, 1, "not for you")
-        assert run("call", "--cafile", authority, address, "who").returncode  # It shows no certificate.
+        with pytest.raises(gmprpc.ConnectionClosed):  # It shows no certificate.
+            gmprpc.Client(address, ssl_context=stranger, retry_interval=None).call("who")
 
 
 def test_one_peer_may_have_so_many_connections() -> None:
