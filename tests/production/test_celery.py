@@ -157,6 +157,7 @@ def test_a_task_is_a_method(tasks: Tasks, client: gmprpc.Client) -> None:
 
 def test_a_call_that_is_cancelled_ends_its_task(tasks: Tasks, client: gmprpc.Client) -> None:
     tasks.start_worker("--concurrency", "1")
+    assert client.call("echo", 0) == 0  # Now it hears what is revoked, too: a task may begin a moment before.
     running, waiting = client.call_async("hold", "running"), client.call_async("hold", "waiting")
     process = tasks.wait_begun("running")
     waiting.cancel()
@@ -170,6 +171,7 @@ def test_a_call_that_is_cancelled_ends_its_task(tasks: Tasks, client: gmprpc.Cli
 
 def test_a_call_that_is_cancelled_while_its_task_is_being_sent_ends_it(tasks: Tasks, client: gmprpc.Client) -> None:
     tasks.start_worker("--concurrency", "1")
+    assert client.call("echo", 0) == 0  # Now it hears what is revoked, too: a task may begin a moment before.
     call = client.call_async("hold_slowly", "it")
     process = tasks.wait_begun("it")
     call.cancel()
