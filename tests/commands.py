@@ -20,6 +20,27 @@ GMPRPC = (sys.executable, "-P", "-m", "gmprpc")
 #: To bind to.
 ANY_PORT = "127.0.0.1:0"
 
+#: An application with a method that blocks the hub; what `serve` imports for its metrics comes from a slow disk.
+SLOW_TO_START = """
+import sys
+import gmprpc
+from gevent import monkey
+
+native_sleep = monkey.get_original("time", "sleep")
+service = gmprpc.Service()
+
+@service.method
+def block():
+    native_sleep(0.3)
+
+class SlowDisk:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gmprpc.prometheus":
+            native_sleep(0.3)
+
+sys.meta_path.insert(0, SlowDisk())
+"""
+
 
 class Served(Program):
     """A `gmprpc serve`, from the moment on when it listens."""

@@ -20,7 +20,7 @@ from gmprpc import blocking
 from gmprpc.blocking import report_blocking
 from gmprpc.stacks import stack_of
 
-from .commands import serving
+from .commands import SLOW_TO_START, serving
 from .helpers import Peer, collected, wait_until
 from .programs import FORKING_PYTHON, Program
 
@@ -284,27 +284,6 @@ def test_serve_reports_what_blocks_it(tmp_path: Path, options: list[str]) -> Non
             peer.call("block", msgid=3)
         served.expect(r"WARNING gmprpc\.hub: request 3 of block from 127\.0\.0\.1:\d+ blocked the hub for 0\.\d+ s")
         served.expect(r"native_sleep\(0\.2\)")
-
-
-SLOW_TO_START = """
-import sys
-import gmprpc
-from gevent import monkey
-
-native_sleep = monkey.get_original("time", "sleep")
-service = gmprpc.Service()
-
-@service.method
-def block():
-    native_sleep(0.3)
-
-class SlowDisk:
-    def find_spec(self, name, path=None, target=None):
-        if name == "gmprpc.prometheus":
-            native_sleep(0.3)
-
-sys.meta_path.insert(0, SlowDisk())
-"""
 
 
 def test_serve_does_not_look_before_it_serves(tmp_path: Path) -> None:

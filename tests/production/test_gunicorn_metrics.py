@@ -15,7 +15,7 @@ import pytest
 from gevent import socket
 
 import gmprpc
-from tests.commands import GMPRPC
+from tests.commands import GMPRPC, SLOW_TO_START
 from tests.helpers import wait_until
 from tests.http import get
 from tests.programs import DEADLINE, FORKING_PYTHON, Program
@@ -200,27 +200,6 @@ def test_a_place_that_is_taken_is_said_in_one_line(
     assert process.returncode == status
     (line,) = filter(None, process.stderr.splitlines())
     assert line.startswith(f"Error: can't listen on {place}: Address already in use")
-
-
-SLOW_TO_START = """
-import sys
-import gmprpc
-from gevent import monkey
-
-native_sleep = monkey.get_original("time", "sleep")
-service = gmprpc.Service()
-
-@service.method
-def block():
-    native_sleep(0.3)
-
-class SlowDisk:
-    def find_spec(self, name, path=None, target=None):
-        if name == "gmprpc.prometheus":
-            native_sleep(0.3)
-
-sys.meta_path.insert(0, SlowDisk())
-"""
 
 
 def test_what_blocks_the_hub_is_not_looked_for_before_a_worker_serves(home: Path) -> None:
