@@ -93,6 +93,19 @@ def error_of(span: ReadableSpan) -> tuple[Any, str | None]:
 # The calling side.
 
 
+def assert_measured(collector: Collector, side: str, span: ReadableSpan, attributes: Any) -> None:
+    """The one call of a ``side`` has these attributes, the duration of ``span``, and leads to it."""
+    (point,) = collector.durations(side)
+    assert point.attributes == attributes
+    assert point.count == 1
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert span.end_time - span.start_time == int(point.sum * 1e9) > 0
+    assert point.explicit_bounds == (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+    (exemplar,) = point.exemplars
+    assert exemplar.span_id == span.get_span_context().span_id
+
+
 def test_call_makes_a_client_span_and_takes_its_time(measured: gmprpc.Client, collector: Collector) -> None:
     assert measured.call("add", 1, 2) == 3
     span = collector.only_span(SpanKind.CLIENT)
@@ -109,15 +122,7 @@ def test_call_makes_a_client_span_and_takes_its_time(measured: gmprpc.Client, co
     assert span.instrumentation_scope is not None
     assert span.instrumentation_scope.name == "gmprpc"
     assert span.instrumentation_scope.schema_url == "https://opentelemetry.io/schemas/1.44.0"
-    (point,) = collector.durations("client")
-    assert point.attributes == attributes
-    assert point.count == 1
-    assert span.start_time is not None
-    assert span.end_time is not None
-    assert span.end_time - span.start_time == int(point.sum * 1e9) > 0
-    assert point.explicit_bounds == (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-    (exemplar,) = point.exemplars
-    assert exemplar.span_id == span.get_span_context().span_id
+    assert_measured(collector, "client", span, attributes)
 
 
 @pytest.mark.parametrize("how", ["call", "call_async", "notify", "proxy"])
@@ -304,15 +309,7 @@ def test_request_makes_a_server_span_and_takes_its_time(measuring: Peer, collect
         "msgpackrpc.request.id": "7",
     }
     assert span.status.status_code is StatusCode.UNSET
-    (point,) = collector.durations("server")
-    assert point.attributes == attributes
-    assert point.count == 1
-    assert span.start_time is not None
-    assert span.end_time is not None
-    assert span.end_time - span.start_time == int(point.sum * 1e9) > 0
-    assert point.explicit_bounds == (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-    (exemplar,) = point.exemplars
-    assert exemplar.span_id == span.get_span_context().span_id
+    assert_measured(collector, "server", span, attributes)
 
 
 def test_notification_is_measured_like_a_request(measuring: Peer, collector: Collector) -> None:
