@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,16 +37,6 @@ def _positive(text: Any) -> float:
     return number
 
 
-def _rate(text: Any) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise click.BadParameter(f"{text!r} is no number of calls a second.")
-    return number
-
-
 @click.command(context_settings=OPTIONS_FIRST, epilog=FORMS)
 @click.option(
     "-c",
@@ -65,7 +54,7 @@ def _rate(text: Any) -> float:
 )
 @click.option(
     "--rate",
-    type=_rate,
+    type=parameters.rate,
     metavar="N",
     help="Begin so many calls a second, whether the server keeps up or not; latencies count from when a call should "
     "have left.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -15,24 +14,21 @@ from gmprpc.methods import DESCRIBE, HEALTH, LIST
 from . import parameters, trust
 from .asking import OPTIONS_FIRST, asking, unknown_method
 from .exits import AnsweredError, Broken, ExitCode, printable
+from .parameters import options_of
 
-
-def _question(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What the three have in common."""
-    for decorate in (  # From the innermost outwards: arguments are taken in the opposite order.
-        click.argument("address", type=parameters.address),
-        trust.options,
-        click.option(
-            "--timeout",
-            type=parameters.seconds,
-            # Whoever asks for the health of a server has to hear that it hangs. As long as a connection may take.
-            default=10.0,
-            metavar="SECONDS",
-            help="Time for all of it.",
-        ),
-    ):
-        command = decorate(command)
-    return command
+# What the three have in common.
+_question = options_of(
+    click.option(
+        "--timeout",
+        type=parameters.seconds,
+        # Whoever asks for the health of a server has to hear that it hangs. As long as a connection may take.
+        default=10.0,
+        metavar="SECONDS",
+        help="Time for all of it.",
+    ),
+    trust.options,
+    click.argument("address", type=parameters.address),
+)
 
 
 @click.command("list", context_settings=OPTIONS_FIRST)

@@ -53,10 +53,7 @@ def bind(text: str) -> tuple[str, int] | str:
 
 def seconds(text: Any) -> float:
     """A length of time: a finite number from 0 on."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 <= number < math.inf:
         raise click.BadParameter(f"{text!r} is no number of seconds.")
     return number
@@ -67,6 +64,22 @@ def positive_seconds(text: Any) -> float:
     if (number := seconds(text)) == 0:
         raise click.BadParameter(f"{text!r}: give more than 0 seconds.")
     return number
+
+
+def rate(text: Any) -> float:
+    """How many a second: a finite number of more than 0."""
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise click.BadParameter(f"{text!r} is no number of calls a second.")
+    return number
+
+
+def _number(text: Any) -> float:
+    """The number that ``text`` is, NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def file_mode(text: Any) -> int:

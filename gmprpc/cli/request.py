@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from gmprpc.protocol import Encoder
 
 from . import parameters
+from .parameters import Decorator, options_of
 from .values import InvalidValue, from_argument, from_json
-
-C = TypeVar("C", bound=Callable[..., Any])
 
 FORMS = """
 \b
@@ -26,27 +25,21 @@ lacks, in parameters and in results:
 """
 
 
-def request_with(*data_names: str) -> Callable[[C], C]:
+def request_with(*data_names: str) -> Decorator:
     """Gives a command the options and arguments that say where and what to call; --data goes by ``data_names``."""
-
-    def decorate(command: C) -> C:
-        for add in (  # From the innermost outwards: arguments are taken in the opposite order.
-            click.argument("params", nargs=-1, type=click.UNPROCESSED),
-            click.argument("method"),
-            click.argument("address", type=parameters.address),
-            click.option(*data_names, metavar="JSON|@FILE|@-", help="All params at once, as a JSON array."),
-            click.option(
-                "--connect-timeout",
-                type=parameters.seconds,
-                default=10.0,
-                metavar="SECONDS",
-                help="Time to resolve the name and to connect.",
-            ),
-        ):
-            command = add(command)
-        return command
-
-    return decorate
+    return options_of(
+        click.option(
+            "--connect-timeout",
+            type=parameters.seconds,
+            default=10.0,
+            metavar="SECONDS",
+            help="Time to resolve the name and to connect.",
+        ),
+        click.option(*data_names, metavar="JSON|@FILE|@-", help="All params at once, as a JSON array."),
+        click.argument("address", type=parameters.address),
+        click.argument("method"),
+        click.argument("params", nargs=-1, type=click.UNPROCESSED),
+    )
 
 
 #: What commands have that make one request.
